@@ -1,0 +1,1 @@
+"""vop: which photographs see the same thing. `vop.register(images="photos", output="run")`."""

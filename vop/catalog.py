@@ -1,0 +1,122 @@
+"""The catalog of a store: which image lies in which shard and row, and what became of it. Pure functions on tables.
+
+An image is planned once, into a new shard; a changed file is planned again and its old row becomes `replaced`; a file
+that vanished stays until it is pruned. Nothing here computes or reads a descriptor.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+PLANNED, OK, QUARANTINED, REPLACED, REMOVED = "planned", "ok", "quarantined", "replaced", "removed"
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("name", pa.string()),
+        ("scene", pa.string()),
+        ("size", pa.int64()),  # bytes of the file
+        ("modified_ns", pa.int64()),  # its modification time: a hint to look at the content again
+        ("content", pa.string()),  # hash of its bytes
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("scaled_width", pa.int64()),
+        ("scaled_height", pa.int64()),
+        ("shard", pa.int64()),
+        ("row", pa.int64()),  # row inside the shard's Parquet; null unless ok
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+LISTED = ("name", "scene", "size", "modified_ns")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The catalog after planning, and what the listing changed."""
+
+    images: pa.Table
+    added: int
+    changed: int
+    vanished: list[str]
+
+
+def plan(
+    images: pa.Table, listed: pa.Table, shard_size: int, prune: bool, content: Callable[[str], str | None]
+) -> Plan:
+    """Compare the catalog with a listing and plan what is not in the store into new shards.
+
+    `listed` has the columns `LISTED`, names unique. `content(name)` hashes a file, None if it cannot be read: it is
+    asked only where the modification time alone differs, and for files that could not be read before. Shards are numbered after the existing ones and hold at most
+    `shard_size` images, sorted by name.
+    """
+    current = images.filter(pc.is_in(images["status"], pa.array([PLANNED, OK, QUARANTINED])))
+    known = {row["name"]: row for row in current.select([*LISTED, "image_id", "content", "status"]).to_pylist()}
+    status, modified = images["status"].to_pylist(), images["modified_ns"].to_pylist()
+    position = {image_id: i for i, image_id in enumerate(images["image_id"].to_pylist())}
+    new, changed = [], 0
+    for row in sorted(listed.select(list(LISTED)).to_pylist(), key=lambda r: r["name"]):
+        old = known.pop(row["name"], None)
+        if old is None:
+            new.append(row)
+            continue
+        never_read = old["status"] == QUARANTINED and old["content"] is None
+        same = (old["size"], old["modified_ns"]) == (row["size"], row["modified_ns"])
+        if old["status"] == PLANNED or (same and not never_read):
+            continue
+        at = position[old["image_id"]]
+        if never_read or old["size"] == row["size"]:
+            if content(row["name"]) == old["content"]:  # touched but equal, or still unreadable
+                modified[at] = row["modified_ns"]
+                continue
+        status[at] = REPLACED
+        new.append(row)
+        changed += 1
+    vanished = sorted(known)
+    if prune:
+        for name in vanished:
+            status[position[known[name]["image_id"]]] = REMOVED
+    columns = {"status": status, "modified_ns": modified}
+    kept = pa.table({name: columns.get(name, images[name]) for name in SCHEMA.names}, schema=SCHEMA)
+    first_id = (pc.max(images["image_id"]).as_py() or 0) + 1 if images.num_rows else 0
+    first_shard = pc.max(images["shard"]).as_py() + 1 if images.num_rows else 0
+    lines = [
+        {**row, "image_id": first_id + i, "shard": first_shard + i // shard_size, "status": PLANNED}
+        for i, row in enumerate(new)
+    ]
+    images = pa.concat_tables([kept, pa.Table.from_pylist(lines, schema=SCHEMA)])
+    return Plan(images.combine_chunks(), len(new) - changed, changed, [] if prune else vanished)
+
+
+def pending(images: pa.Table, receipts: Mapping[int, dict] | set[int]) -> dict[int, pa.Table]:
+    """Planned images by shard, for the shards without a receipt."""
+    planned = images.filter(pc.equal(images["status"], PLANNED))
+    shards = planned["shard"].to_numpy()
+    unreceipted = [int(number) for number in np.unique(shards) if number not in receipts]
+    return {number: planned.filter(pa.array(shards == number)) for number in unreceipted}
+
+
+def finish(images: pa.Table, receipts: Mapping[int, dict], embedded: Callable[[int], pa.Table]) -> pa.Table:
+    """Fill in what became of the planned images whose shard has a receipt.
+
+    `embedded(shard)` gives image_id, content, width, height, scaled_width, scaled_height of the shard's rows.
+    """
+    lines = images.to_pylist()
+    index = {line["image_id"]: line for line in lines if line["status"] == PLANNED}
+    for number in sorted({line["shard"] for line in index.values()} & set(receipts)):
+        for row, values in enumerate(embedded(number).to_pylist()):
+            if line := index.get(values.pop("image_id")):
+                line.update(values, row=row, status=OK)
+        for bad in receipts[number]["quarantined"]:
+            if line := index.get(bad["image_id"]):
+                line.update(status=QUARANTINED, error=bad["reason"], content=bad["content"])
+    return pa.Table.from_pylist(lines, schema=SCHEMA)
+
+
+def quarantined(images: pa.Table) -> Iterable[tuple[str, str]]:
+    """(name, reason) of every image in quarantine, in catalog order."""
+    bad = images.filter(pc.equal(images["status"], QUARANTINED))
+    return zip(bad["name"].to_pylist(), bad["error"].to_pylist(), strict=True)
