@@ -50,8 +50,8 @@ def plan(
     """Compare the catalog with a listing and plan what is not in the store into new shards.
 
     `listed` has the columns `LISTED`, names unique. `content(name)` hashes a file, None if it cannot be read: it is
-    asked only where the modification time alone differs, and for files that could not be read before. Shards are numbered after the existing ones and hold at most
-    `shard_size` images, sorted by name.
+    asked only where the modification time alone differs, and for files that could not be read before. Shards are
+    numbered after the existing ones and hold at most `shard_size` images, sorted by name.
     """
     current = images.filter(pc.is_in(images["status"], pa.array([PLANNED, OK, QUARANTINED])))
     known = {row["name"]: row for row in current.select([*LISTED, "image_id", "content", "status"]).to_pylist()}
@@ -68,10 +68,10 @@ def plan(
         if old["status"] == PLANNED or (same and not never_read):
             continue
         at = position[old["image_id"]]
-        if never_read or old["size"] == row["size"]:
-            if content(row["name"]) == old["content"]:  # touched but equal, or still unreadable
-                modified[at] = row["modified_ns"]
-                continue
+        may_be_equal = never_read or old["size"] == row["size"]
+        if may_be_equal and content(row["name"]) == old["content"]:  # touched only, or still unreadable
+            modified[at] = row["modified_ns"]
+            continue
         status[at] = REPLACED
         new.append(row)
         changed += 1
@@ -114,6 +114,55 @@ def finish(images: pa.Table, receipts: Mapping[int, dict], embedded: Callable[[i
             if line := index.get(bad["image_id"]):
                 line.update(status=QUARANTINED, error=bad["reason"], content=bad["content"])
     return pa.Table.from_pylist(lines, schema=SCHEMA)
+
+
+def sample(listed: pa.Table, count: int) -> pa.Table:
+    """Up to `count` lines of a listing, evenly spread over its names, as a shard of no number."""
+    rows = np.unique(np.linspace(0, listed.num_rows - 1, min(count, listed.num_rows)).round().astype(np.int64))
+    return listed.sort_by("name").take(pa.array(rows))
+
+
+def located(shard: pa.Table, paths: Mapping[str, str], root: str) -> pa.Table:
+    """image_id, name, path, shard of a planned shard: an image that is gone keeps the path where it was looked for."""
+    where = [paths.get(name, f"{root}/{name}") for name in shard["name"].to_pylist()]
+    return shard.select(["image_id", "name", "shard"]).append_column("path", pa.array(where, pa.string()))
+
+
+class TooManyBadImagesError(RuntimeError):
+    """More images are in quarantine than a job tolerates."""
+
+
+class BadImages:
+    """Counts the images in quarantine as shards finish, against the share that is tolerated."""
+
+    def __init__(self, images: pa.Table, receipts: Mapping[int, dict], max_fraction: float):
+        current = images.filter(pc.is_in(images["status"], pa.array([PLANNED, OK, QUARANTINED])))
+        planned = set(current.filter(pc.equal(current["status"], PLANNED))["shard"].to_pylist())
+        self.total, self.max_fraction = current.num_rows, max_fraction
+        self.count = pc.sum(pc.equal(current["status"], QUARANTINED)).as_py() or 0
+        self.count += sum(len(receipts[number]["quarantined"]) for number in planned & set(receipts))
+
+    def add(self, count: int) -> None:
+        """Count more bad images. Raises `TooManyBadImagesError` as soon as they are too many."""
+        self.count += count
+        if self.count > self.max_fraction * self.total:
+            raise TooManyBadImagesError(
+                f"{self.count} of {self.total} images cannot be used, more than embedding.max_bad_fraction="
+                f"{self.max_fraction:g}. The receipts (shard-*.json) of the store name each with its reason. Mend or "
+                "remove the files and run again (changed files are embedded anew), or allow a larger fraction"
+            )
+
+
+def summary(images: pa.Table, planned: Plan) -> dict[str, object]:
+    """Counts for people: images usable and in quarantine, and what the listing changed."""
+    status = images["status"].to_pylist()
+    return {
+        "images": status.count(OK),
+        "quarantined": status.count(QUARANTINED),
+        "added": planned.added,
+        "changed": planned.changed,
+        "vanished": len(planned.vanished),
+    }
 
 
 def quarantined(images: pa.Table) -> Iterable[tuple[str, str]]:

@@ -190,6 +190,8 @@ class Config:
 
     def __post_init__(self):
         _require("min_overlap", self.min_overlap, 0 < self.min_overlap <= 1, "above 0 and at most 1")
+        _require("embedding.whiten", self.embedding.whiten, not (self.encoder and self.embedding.whiten),
+                 "null where an encoder is given: the encoder replaces the whitening")  # fmt: skip
 
     @property
     def store_path(self) -> str:

@@ -1,8 +1,9 @@
 """Pair lists: `pairs.parquet` for programs, `pairs.txt` for hloc."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vop import files
@@ -24,14 +25,31 @@ class PairsError(ValueError):
     """Pairs that a format cannot hold."""
 
 
-def write_parquet(path: str, parts: Iterable[pa.Table]) -> int:
-    """Write parts of a pair list, one row group each, as one file; returns the number of pairs."""
-    count = 0
+def write_all(output: str, read: Callable[[], Iterable[pa.Table]], names: Iterable[str]) -> dict[str, object]:
+    """Write the pair list of a run from its parts; returns counts for the record.
+
+    `read()` iterates over the parts, tables of `SCHEMA` with the column patch_weights (non-null in one row of an
+    illustrated query). Written are pairs.parquet, pairs.txt and patch_weights.parquet (query, patch_weights). Where
+    `names` cannot stand in pairs.txt it is not written, an older one is removed, and the reason is in the counts.
+    """
+    count, paired = 0, 0
+    path = files.join(output, "pairs.parquet")
     with files.atomic(path) as (filesystem, inner), pq.ParquetWriter(inner, SCHEMA, filesystem=filesystem) as writer:
-        for part in parts:
-            writer.write_table(part.cast(SCHEMA))
+        for part in read():
+            writer.write_table(part.select(SCHEMA.names))
             count += part.num_rows
-    return count
+            paired += pc.sum(pc.equal(part["rank"], 0)).as_py() or 0
+    weights = pa.concat_tables([part.filter(part["patch_weights"].is_valid()) for part in read()])
+    with files.atomic(files.join(output, "patch_weights.parquet")) as (filesystem, inner):
+        pq.write_table(weights.select(["query", "patch_weights"]), inner, filesystem=filesystem)
+    counts: dict[str, object] = {"pairs": count, "queries_with_pairs": paired}
+    try:
+        check_hloc_names(names)
+        write_hloc(files.join(output, "pairs.txt"), read())
+    except PairsError as error:
+        files.remove(files.join(output, "pairs.txt"))
+        counts["pairs_txt"] = f"not written: {error}"
+    return counts
 
 
 def read_parquet(path: str) -> pa.Table:
@@ -46,6 +64,12 @@ def iterate(path: str) -> Iterator[pa.Table]:
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group)
+
+
+def best_scores(table: pa.Table, weighted: bool) -> dict[str, float]:
+    """The score of the best pair of every query that has one."""
+    first = table.filter(pc.equal(table["rank"], 0))
+    return dict(zip(first["query"].to_pylist(), first["weighted" if weighted else "score"].to_pylist(), strict=True))
 
 
 def check_hloc_names(names: Iterable[str]) -> None:

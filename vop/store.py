@@ -75,10 +75,15 @@ class Selection:
         """Width and height of every letterboxed image without its padding, pixels, (n, 2) int64."""
         return np.stack([self.rows["scaled_width"].to_numpy(), self.rows["scaled_height"].to_numpy()], axis=1)
 
+    @cached_property
+    def scenes(self) -> list[str]:
+        """Scenes of the images, in order."""
+        return self.rows["scene"].to_pylist()
+
     @property
-    def scene_codes(self) -> np.ndarray:
-        """The scene of every image as an integer, (n,) int64; equal numbers are equal scenes."""
-        return self.rows["scene"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    def image_ids(self) -> list[int]:
+        """Ids of the images in the store, in order."""
+        return self.rows["image_id"].to_pylist()
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Selection":
         """The images at these positions."""
@@ -212,6 +217,10 @@ class EmbeddingStore:
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             receipt = f"{shard_name(number)}.json"
             raise StoreError(f"cannot read {inner}: {error}. Delete {receipt} and run `vop embed` again") from error
+
+    def shard_facts(self, number: int) -> pa.Table:
+        """What the catalog takes from a shard: image_id, content and sizes of its rows."""
+        return self.read_shard(number, ["image_id", "content", "width", "height", "scaled_width", "scaled_height"])
 
     def verify(self) -> Iterator[str]:
         """Yield what is wrong with the files: shards whose content is not what their receipt says."""

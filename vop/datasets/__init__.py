@@ -1,0 +1,1 @@
+"""Adapters, one per on-disk format, and the rendered collection."""

@@ -1,0 +1,237 @@
+"""Folders of images with known cameras and, where there is depth, known overlap.
+
+`cameras.json` maps an image's name to {"K": 3x3, "R": 3x3, "t": 3, optional "width", "height"}: world to camera, K in
+pixels of the stored image, pixel centres at +0.5. The images lie beside it, or in its subfolder `images/`; the depth of
+`name.jpg` is `name.depth.png` beside the image, 16-bit millimetres, 0 = none. `overlap.parquet` holds overlaps already
+computed: columns query, database (string) and overlap (float32), one row per ordered pair with overlap above 0.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import ExifTags, Image
+
+from vop import files
+from vop.geometry import Camera, overlap_matrix
+from vop.image import decode
+
+CAMERAS = "cameras.json"
+OVERLAP = "overlap.parquet"
+MAX_DEPTH = 65.535  # metres: what 16-bit millimetres can hold
+_NAMES_KEY = b"names"  # images without any overlap have no row; the file's metadata lists them
+
+
+@dataclass(frozen=True, eq=False)
+class OverlapTruth:
+    """Known overlaps: names of N images and their symmetric overlaps, (N, N) float32 in 0..1, ones on the diagonal."""
+
+    names: tuple[str, ...]
+    matrix: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PosedFolder:
+    """A folder with `cameras.json`: names and cameras, in the file's order; images and depth are read when asked for.
+
+    path: the folder, local or a URI. root: where its images lie.
+    """
+
+    path: str
+    root: str
+    names: tuple[str, ...]
+    cameras: tuple[Camera, ...]
+
+    @classmethod
+    def open(cls, path) -> "PosedFolder":
+        """Read `cameras.json`.
+
+        Raises FileNotFoundError where it (or, lacking sizes in it, an image) is missing, ValueError where it is
+        malformed.
+        """
+        path = files.absolute(path)
+        source = files.join(path, CAMERAS)
+        if not files.exists(source):
+            raise FileNotFoundError(
+                f"no {CAMERAS} in {path}: it must map image names to K, R, t (world to camera); "
+                f"is this the folder that holds it?"
+            )
+        root = files.join(path, "images") if files.exists(files.join(path, "images")) else path
+        try:
+            entries = files.read_json(source)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        return cls(path, root, tuple(entries), tuple(_camera(root, name, entry) for name, entry in entries.items()))
+
+    def image(self, name: str) -> np.ndarray:
+        """Decode an image, (H, W, 3) uint8 RGB."""
+        return decode(files.read_bytes(files.join(self.root, name)))
+
+    def camera(self, name: str) -> Camera:
+        """Give the camera of an image. Raises KeyError for an unknown name."""
+        if name not in self.names:
+            raise KeyError(f"{name!r} is not in {files.join(self.path, CAMERAS)} ({len(self.names)} images)")
+        return self.cameras[self.names.index(name)]
+
+    def depth(self, name: str) -> np.ndarray:
+        """Read the depth map of an image, (H, W) float32 metres, 0 = none.
+
+        Raises FileNotFoundError where there is none, ValueError where it is not 16-bit or not of the image's size.
+        """
+        camera, path = self.camera(name), files.join(self.root, depth_name(name))
+        if not files.exists(path):
+            raise FileNotFoundError(f"{name} has no depth: {path} is not there")
+        depth = decode_depth(files.read_bytes(path), path)
+        if depth.shape != (camera.height, camera.width):
+            raise ValueError(
+                f"{path} is {depth.shape[1]}x{depth.shape[0]} pixels, its image {camera.width}x{camera.height}: "
+                "register the depth to the image and store both at one size"
+            )
+        return depth
+
+    def without_depth(self) -> list[str]:
+        """Names of the images that have no depth map."""
+        folders = {_folder(self.root, name) for name in self.names}
+        present = {folder: files.listing(folder) for folder in folders}
+        return [n for n in self.names if PurePosixPath(depth_name(n)).name not in present[_folder(self.root, n)]]
+
+    def overlap_matrix(self) -> np.ndarray:
+        """Symmetric overlap of every pair, (N, N) float32, from depth (`vop.geometry.overlap_matrix`).
+
+        Raises FileNotFoundError naming the images without depth.
+        """
+        missing = self.without_depth()
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(self.names)} images in {self.path} have no depth map, so their overlap is "
+                f"unknown: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Expected "
+                f"{depth_name(missing[0])} (16-bit PNG, millimetres) beside the image; remove them from {CAMERAS}, "
+                f"or give an {OVERLAP}"
+            )
+        return overlap_matrix(_Depths(self), self.cameras)
+
+
+def depth_name(name: str) -> str:
+    """`a/b.jpg` -> `a/b.depth.png`."""
+    return str(PurePosixPath(name).with_suffix(".depth.png"))
+
+
+def encode_depth(depth: np.ndarray) -> bytes:
+    """Write depth in metres, (H, W), as a 16-bit PNG in millimetres; beyond 65.535 m it becomes 0, unknown."""
+    millimetres = np.where(depth <= MAX_DEPTH, np.rint(np.asarray(depth, np.float64) * 1000), 0)
+    return cv2.imencode(".png", millimetres.astype(np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes()
+
+
+def decode_depth(data: bytes, path: str = "depth map") -> np.ndarray:
+    """Read a 16-bit PNG in millimetres as (H, W) float32 metres; `path` names it in the error."""
+    millimetres = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if millimetres is None or millimetres.dtype != np.uint16 or millimetres.ndim != 2:
+        found = "no image" if millimetres is None else f"{millimetres.dtype} of shape {millimetres.shape}"
+        raise ValueError(f"{path} holds {found}; expected a 16-bit single-channel PNG in millimetres")
+    return millimetres.astype(np.float32) / 1000
+
+
+def write_cameras(path, cameras: dict[str, Camera]) -> None:
+    """Write `cameras.json` into the folder `path`."""
+    entries = {
+        name: {
+            "K": camera.K.tolist(),
+            "R": camera.rotation.tolist(),
+            "t": camera.translation.tolist(),
+            "width": camera.width,
+            "height": camera.height,
+        }
+        for name, camera in cameras.items()
+    }
+    files.write_json(files.join(path, CAMERAS), entries)
+
+
+def write_overlap(path, truth: OverlapTruth) -> None:
+    """Write overlaps as a Parquet file: (query, database, overlap) for the ordered pairs with overlap above 0."""
+    query, database = np.nonzero((truth.matrix > 0) & ~np.eye(len(truth.names), dtype=bool))
+    names = np.array(truth.names, dtype=object)
+    table = pa.table(
+        {
+            "query": pa.array(names[query], pa.string()),
+            "database": pa.array(names[database], pa.string()),
+            "overlap": pa.array(truth.matrix[query, database], pa.float32()),
+        }
+    ).replace_schema_metadata({_NAMES_KEY: json.dumps(list(truth.names))})
+    with files.atomic(path) as (filesystem, inner):
+        pq.write_table(table, inner, filesystem=filesystem)
+
+
+def read_overlap(path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Read an overlap file: names and the (N, N) float32 matrix, zero where there is no row, one on the diagonal.
+
+    Names come in the order they were written in; a file of other origin, without the list in its metadata, gives the
+    names of its rows, sorted. Raises FileNotFoundError, and ValueError where a column is missing.
+    """
+    if not files.exists(path):
+        raise FileNotFoundError(f"no overlap file at {path}")
+    filesystem, inner = files.resolve(path)
+    table = pq.read_table(inner, filesystem=filesystem)
+    missing = {"query", "database", "overlap"} - set(table.column_names)
+    if missing:
+        raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {table.column_names}")
+    query, database = table["query"].to_pylist(), table["database"].to_pylist()
+    listed = (table.schema.metadata or {}).get(_NAMES_KEY)
+    names = tuple(json.loads(listed)) if listed else tuple(sorted({*query, *database}))
+    index = {name: row for row, name in enumerate(names)}
+    matrix = np.eye(len(names), dtype=np.float32)
+    matrix[[index[name] for name in query], [index[name] for name in database]] = table["overlap"].to_numpy()
+    return names, matrix
+
+
+def overlap_truth(path) -> OverlapTruth:
+    """Known overlaps of an `overlap.parquet` file, or of a folder: its own `overlap.parquet`, else cameras and depth.
+
+    Raises FileNotFoundError where neither is there or an image lacks depth.
+    """
+    path = files.absolute(path)
+    stored = path if path.endswith(".parquet") else files.join(path, OVERLAP)
+    if path.endswith(".parquet") or files.exists(stored):
+        return OverlapTruth(*read_overlap(stored))
+    folder = PosedFolder.open(path)
+    return OverlapTruth(folder.names, folder.overlap_matrix())
+
+
+class _Depths(Sequence):
+    """The depth maps of a folder, read one at a time."""
+
+    def __init__(self, folder: PosedFolder):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.folder.depth(self.folder.names[index])
+
+
+def _folder(root: str, name: str) -> str:
+    return files.join(root, *PurePosixPath(name).parts[:-1])
+
+
+def _camera(root: str, name: str, entry: dict) -> Camera:
+    missing = {"K", "R", "t"} - set(entry)
+    if missing:
+        raise ValueError(f"{name} in {CAMERAS} lacks {sorted(missing)}; it has {sorted(entry)}")
+    size = (entry["width"], entry["height"]) if {"width", "height"} <= set(entry) else _upright_size(root, name)
+    try:
+        return Camera.from_rt(np.array(entry["K"]), np.array(entry["R"]), np.array(entry["t"]), *size)
+    except ValueError as error:
+        raise ValueError(f"{name} in {CAMERAS}: {error}") from error
+
+
+def _upright_size(root: str, name: str) -> tuple[int, int]:
+    """Width and height of an image from its header, as it looks after EXIF rotation."""
+    with Image.open(io.BytesIO(files.read_bytes(files.join(root, name)))) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else (image.width, image.height)

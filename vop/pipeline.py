@@ -1,0 +1,141 @@
+"""The flow, on one page: every function names the artefacts and calls the steps."""
+
+import dataclasses
+
+import pyarrow as pa
+
+from vop import catalog, files, pairs, run
+from vop import config as configuration
+from vop.config import Config, ConfigError
+from vop.datasets import rendered
+from vop.datasets.image_sets import ImageSets, open_image_sets
+from vop.datasets.posed import overlap_truth
+from vop.embedding import hash_file
+from vop.evaluation import evaluate
+from vop.parts import Parts
+from vop.progress import progress
+from vop.retrieval.search import Search, choose_radius
+from vop.run import Run
+from vop.stages import cluster
+from vop.stages.embed import calibration, embed_shards
+from vop.stages.search import search_shards
+from vop.store import EmbeddingStore, Selection
+from vop.viz.page import write_page
+
+
+def embed(config: Config) -> Run:
+    """Bring the store up to date with the collection: new and changed images are embedded, nothing twice."""
+    with run.start(config, "embed") as job, cluster.connect(config.cluster):
+        _embedded(config, job, open_image_sets(config))
+    return job
+
+
+def register(config: Config) -> Run:
+    """Pair every image of a collection with those that see the same thing."""
+    if config.images is None:
+        raise ConfigError("register needs images=FOLDER (or a glob pattern, or a list file)")
+    with run.start(config, "register") as job, cluster.connect(config.cluster):
+        sets = open_image_sets(config)
+        everything = _embedded(config, job, sets).select(sets.names)
+        _paired(config, job, everything, everything)
+        _judged(config, job, everything, everything)
+    return job
+
+
+def retrieve(config: Config) -> Run:
+    """Rank the database images of every query by predicted overlap."""
+    if config.queries is None or (config.database is None and config.images is None):
+        raise ConfigError("retrieve needs queries=FOLDER and database=FOLDER (folders, glob patterns or list files)")
+    with run.start(config, "retrieve") as job, cluster.connect(config.cluster):
+        sets = open_image_sets(config)
+        store = _embedded(config, job, sets)
+        queries, database = store.select(sets.queries), store.select(sets.database)
+        _paired(config, job, queries, database)
+        _judged(config, job, queries, database)
+    return job
+
+
+def demo(config: Config) -> Run:
+    """Render rooms whose overlaps are known, register them and judge the result."""
+    images = files.join(config.output, "images")
+    rendered.write(images, config.demo.images, config.demo.seed)
+    return register(dataclasses.replace(config, images=images, truth=images))
+
+
+def report(config: Config) -> Run:
+    """Write the report of a finished run again, from what lies in its directory."""
+    recorded = configuration.load([files.join(config.output, "config.yaml")])
+    recorded = dataclasses.replace(recorded, output=config.output, report=config.report)
+    job = Run.read(config.output)
+    job.report = write_page(recorded, job, None if recorded.truth is None else overlap_truth(recorded.truth))
+    return job
+
+
+def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
+    """The store with every image of the collection embedded or quarantined."""
+    listing = sets.listing()
+    with job.step("load models"):
+        store = _opened(config, listing)
+    with job.step("plan"):
+        paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
+        planned = catalog.plan(store.images(), listing, config.embedding.shard_size, config.embedding.prune,
+                               lambda name: hash_file(paths[name]))  # fmt: skip
+        store.write_images(planned.images)
+        receipts = store.receipts()
+        pending = catalog.pending(planned.images, receipts)
+        guard = catalog.BadImages(planned.images, receipts, config.embedding.max_bad_fraction)
+    total = planned.images.num_rows
+    waiting = sum(shard.num_rows for shard in pending.values())
+    with job.step("embed"), progress("embed", total, total - waiting, "images") as bar:
+        guard.add(0)
+        located = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
+        for written in embed_shards(config, store, located):
+            bar.update(written["ok"] + written["quarantined"])
+            guard.add(written["quarantined"])
+    with job.step("finish store"):
+        images = catalog.finish(planned.images, store.receipts(), store.shard_facts)
+        store.write_images(images)
+    job.counts |= catalog.summary(images, planned) | {"embedded_now": waiting, "skipped": sets.skipped}
+    job.counts |= {"root": sets.root, "store": store.path}
+    job.quarantined = list(catalog.quarantined(images))
+    return store
+
+
+def _opened(config: Config, listing: pa.Table) -> EmbeddingStore:
+    """The store of a config: the one at its path if it was made with the same features, else a new one."""
+    if EmbeddingStore.exists(config.store_path):
+        store = EmbeddingStore.open(config.store_path)
+        store.check_features(calibration(config, None).features)
+        return store
+    made = calibration(config, catalog.sample(listing, config.embedding.sample))
+    return EmbeddingStore.create(config.store_path, made.features, made.shapes, made.arrays)
+
+
+def _paired(config: Config, job: Run, queries: Selection, database: Selection) -> None:
+    """pairs.parquet and pairs.txt: per query the best database images; finished parts are not searched again."""
+    with job.step("radius"):
+        radius = choose_radius(database, config.retrieval)
+    search = Search(queries, database, config.retrieval, radius, config.report.queries)
+    parts = Parts(config.output, search.fingerprint())
+    missing = parts.missing(search.n_batches)
+    with job.step("search"), progress("search", len(queries), search.queries_without(missing), "queries") as bar:
+        if missing:
+            with search_shards(search) as shards:
+                for number, ranked in shards.rank(search.batches(missing)):
+                    parts.write(number, ranked)
+                    bar.update(search.queries_in(number))
+    with job.step("write pairs"):
+        names = {*queries.names, *database.names}
+        job.counts |= pairs.write_all(config.output, lambda: parts.read(search.n_batches), names)
+        parts.remove()
+    job.counts |= {"queries": len(queries), "database": len(database), "radius": radius}
+
+
+def _judged(config: Config, job: Run, queries: Selection, database: Selection) -> None:
+    """metrics.json where the truth is known, and report.html."""
+    with job.step("evaluate and report"):
+        truth = None if config.truth is None else overlap_truth(config.truth)
+        if truth is not None:
+            job.metrics = evaluate(job.path("pairs.parquet"), truth, config.min_overlap, queries.names, database.names)
+        if config.report.queries:
+            job.report = write_page(config, job, truth)

@@ -1,0 +1,1 @@
+"""The method: shortlist, votes, ranking."""

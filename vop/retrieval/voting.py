@@ -1,0 +1,185 @@
+"""The method: how many patches of a query vote for each database image, exactly.
+
+Wei et al., "Breaking the Frame: Visual Place Recognition by Overlap Prediction", WACV 2025.
+
+    hit(p, j, s)  <=>  <x[p], y[j][s]> > 1 - r                     strict; r is a cosine distance
+    A[p, j] = sum over hits of the similarity, C[p, j] = number of hits
+    nid[p] = sum_j C[p, j],  ni[p] = #{j : C[p, j] > 0}            j over the query's candidates, never the query itself
+    w[p] = max(0, nid[p] / P * ln(n_candidates / (ni[p] + 1e-5)))
+    unweighted U[j] = sum_p A[p, j],  weighted W[j] = sum_p w[p] A[p, j]
+
+`w` needs the counts of ALL candidates, so a shard returns `Votes`, which merge, and scores are made once, after the
+merge. Patches are unit vectors; P counts the query's patches that are given, so leave padding out before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from vop.retrieval import kernel
+
+RADIUS_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What one query's patches found in some of its candidates.
+
+    rows        (n,) int64, ascending: database rows of the candidates
+    sums        (n, P) float32: A, the sum of the similarities of each query patch's hits in each candidate
+    counts      (n, P) int32: C, the number of those hits
+    candidates  how many candidates were searched; more than n where those without a hit were left out
+    """
+
+    rows: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+    candidates: int
+
+
+def threshold(radius: float) -> np.float32:
+    """The similarity 1 - r that a hit must exceed, as float32. ValueError unless 0 < r <= 2."""
+    if not 0 < radius <= 2:
+        raise ValueError(
+            f"radius {radius} is not in (0, 2]: it is a cosine distance, 1 - similarity; usual values are 0.1 to 0.4"
+        )
+    return np.float32(1.0 - float(radius))
+
+
+def pair_votes(x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """Votes of one image for another: unit patches x (P0, E) and y (P1, E) -> A (P0,) float32, C (P0,) int32.
+
+    float16 or float32. The same pair always gives the same bits, in whatever batch, shard or thread. ValueError if
+    E differs.
+    """
+    found = votes(x, [y], radius)
+    return found.sums[0], found.counts[0]
+
+
+def patch_scratch(patches: np.ndarray) -> np.ndarray:
+    """Room for `image_patches` to convert one image of patches (.., P, E): (P, E padded) float32, zeros."""
+    return np.zeros((patches.shape[-2], kernel.even(patches.shape[-1])), np.float32)
+
+
+def image_patches(y: np.ndarray, mask: np.ndarray | None, E: int, scratch: np.ndarray) -> np.ndarray:
+    """The patches of y (P, E) where `mask` (P,) is True (None: all), as the kernel takes them: float32, E padded.
+
+    Written to `scratch`, from `patch_scratch`, and a view of it; or y itself where nothing is to be done. ValueError if
+    y has another width than `E`, or is neither float16 nor float32.
+    """
+    if y.shape[1] != E:
+        raise ValueError(f"patches have width {y.shape[1]}, expected {E}: were both made by the same encoder?")
+    if y.dtype == np.float16:
+        mask = np.ones(len(y), bool) if mask is None else mask
+        return scratch[: kernel.widen(np.ascontiguousarray(y).view(np.uint16), mask, scratch)]
+    if y.dtype != np.float32:
+        raise ValueError(f"patches are {y.dtype}, expected float16 or float32")
+    if mask is None and scratch.shape[1] == E:
+        return np.ascontiguousarray(y)
+    kept = y if mask is None else y[mask]
+    scratch[: len(kept), :E] = kept
+    return scratch[: len(kept)]
+
+
+def votes(x: np.ndarray, candidates: Sequence[np.ndarray], radius: float, rows: np.ndarray | None = None) -> Votes:
+    """Votes of a query's patches x (P, E) for each candidate's patches (P_j, E), all of them kept.
+
+    rows (n,) are the candidates' database rows, 0 .. n - 1 if not given. The query must not be among the candidates.
+    """
+    rows = np.arange(len(candidates)) if rows is None else np.asarray(rows, np.int64)
+    if len(rows) != len(candidates):
+        raise ValueError(f"{len(rows)} rows for {len(candidates)} candidates")
+    bound, E = threshold(radius), x.shape[1]
+    panels = kernel.panels(image_patches(x, None, E, patch_scratch(x)))
+    sums = np.empty((len(rows), panels.shape[0] * kernel.WIDTH), np.float32)
+    counts = np.empty(sums.shape, np.int32)
+    for j, place in enumerate(np.argsort(rows)):
+        y = candidates[place]
+        kernel.count_hits(panels, image_patches(y, None, E, patch_scratch(y)), bound, sums[j], counts[j])
+    return Votes(np.sort(rows), sums[:, : len(x)], counts[:, : len(x)], len(rows))
+
+
+def merge(parts: Sequence[Votes]) -> Votes:
+    """Join one query's votes from several shards, in database order. The parts hold different candidates."""
+    rows = np.concatenate([part.rows for part in parts])
+    order = np.argsort(rows, kind="stable")
+    return Votes(
+        rows[order],
+        np.concatenate([part.sums for part in parts])[order],
+        np.concatenate([part.counts for part in parts])[order],
+        sum(part.candidates for part in parts),
+    )
+
+
+def patch_weights(votes: Votes) -> np.ndarray:
+    """w (P,) float64: the TF-IDF weight of each query patch, from the counts over all the query's candidates."""
+    hits = votes.counts.sum(axis=0, dtype=np.int64)
+    images = np.count_nonzero(votes.counts, axis=0)
+    return np.maximum(0.0, hits / votes.counts.shape[1] * np.log(max(votes.candidates, 1) / (images + 1e-5)))
+
+
+def scores(votes: Votes, weighted: bool) -> np.ndarray:
+    """Scores (n,) float64 of the candidates, in the order of `votes.rows`: W if weighted, else U.
+
+    `votes` must hold the whole merge: the weights depend on every candidate.
+    """
+    weights = patch_weights(votes) if weighted else np.ones(votes.sums.shape[1])
+    return _weighted_sums(np.ascontiguousarray(votes.sums), weights)
+
+
+@njit(nogil=True, cache=True)
+def _weighted_sums(sums, weights):
+    """One sum per row in the order of the patches: library sums choose their order by the array's shape."""
+    out = np.zeros(sums.shape[0])
+    for j in range(sums.shape[0]):
+        for p in range(sums.shape[1]):
+            out[j] += weights[p] * np.float64(sums[j, p])
+    return out
+
+
+def best(scores: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the at most k best entries, best first; equal scores by database row.
+
+    Only scores above 0 count: an image without a vote overlaps nowhere and is not a result. So the list may be
+    shorter than k or empty. (With one candidate the weighted score is 0 by the formula: ln(1 / 1) = 0.)
+    """
+    order = np.lexsort((rows, -scores))
+    return order[scores[order] > 0][:k]
+
+
+def radius_sample(images: int, seed: int = 0) -> np.ndarray:
+    """Rows, ascending, of the up to 100 images out of `images` from which the automatic radius is estimated."""
+    size = min(images, RADIUS_IMAGES)
+    return np.sort(np.random.default_rng(seed).choice(images, size, replace=False))
+
+
+def median_similarity(patches: Sequence[np.ndarray]) -> float:
+    """Median (the lower one) of the cosine similarities between patches of the same image, each with itself too.
+
+    patches: per image the unit patches (P_i, E) that are image, not padding.
+    """
+    similarities = [(x @ x.T).ravel() for x in (np.asarray(x, np.float32) for x in patches)]
+    values = np.concatenate(similarities) if similarities else np.empty(0, np.float32)
+    if not values.size:
+        raise ValueError(
+            "no patches to estimate the radius from: the sampled images are empty; give retrieval a radius"
+        )
+    middle = (values.size - 1) // 2
+    return float(np.partition(values, middle)[middle])
+
+
+def automatic_radius(patches: Sequence[np.ndarray]) -> float:
+    """The radius for a collection: `median_similarity` of its `radius_sample`, rounded to 0.1.
+
+    ValueError where that is not inside (0, 1): such descriptors spread too evenly, or have collapsed.
+    """
+    median = median_similarity(patches)
+    radius = round(median, 1)
+    if not 0 < radius < 1:
+        raise ValueError(
+            f"the automatic radius is {radius} (median similarity {median:.4f} between patches of an image), not "
+            "inside (0, 1): the patches are nearly orthogonal or nearly all the same; give a radius, for example 0.3"
+        )
+    return radius
