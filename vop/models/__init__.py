@@ -1,0 +1,1 @@
+"""Networks: frozen backbones, the trained encoder, and how their outputs become descriptors."""
