@@ -19,7 +19,7 @@ def pair(x, y, radius):
     return sums, counts
 
 
-def scores(x, candidates, radius, weighted):
+def scores(x, candidates, radius, weights):
     """{row: score} of one query against {row: patches}, weights over all of them."""
     found = {row: pair(x, y, radius) for row, y in candidates.items()}
     result = {}
@@ -27,10 +27,12 @@ def scores(x, candidates, radius, weighted):
         total = 0.0
         for p in range(len(x)):
             weight = 1.0
-            if weighted:
-                nid = sum(counts[p] for _, counts in found.values())
-                ni = sum(1 for _, counts in found.values() if counts[p] > 0)
+            nid = sum(counts[p] for _, counts in found.values())
+            ni = sum(1 for _, counts in found.values() if counts[p] > 0)
+            if weights == "tfidf":
                 weight = max(0.0, nid / len(x) * math.log(len(found) / (ni + 1e-5)))
+            if weights == "idf":
+                weight = math.log((len(found) + 1) / max(ni, 1))
             total += weight * sums[p]
         result[row] = total
     return result

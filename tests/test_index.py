@@ -52,7 +52,7 @@ class Collection:
         )
 
 
-def search(collection, parts, queries, k=K, scenes=False, full=False, exclude=True, radius=0.4, weighted=True):
+def search(collection, parts, queries, k=K, scenes=False, full=False, exclude=True, radius=0.4, weights="tfidf"):
     """Shortlist and scores of `queries` from the shards `parts`: {query: (shortlist, rows, score bytes, ranking)}."""
     shards = [collection.shard(part, scenes) for part in parts]
     codes = collection.scenes[queries] if scenes else None
@@ -64,7 +64,7 @@ def search(collection, parts, queries, k=K, scenes=False, full=False, exclude=Tr
     result = {}
     for q, query in enumerate(queries):
         votes = voting.merge([batch[q] for batch in batches])
-        values = voting.scores(votes, weighted)
+        values = voting.scores(votes, weights)
         order = voting.best(values, votes.rows, k)
         result[int(query)] = (found[q].tolist(), votes.rows.tolist(), values.tobytes(), votes.rows[order].tolist())
     return result
@@ -102,17 +102,17 @@ def test_every_shard_count_gives_the_same_bits(shards):
     assert search(collection, np.array_split(np.arange(N), shards), queries) == expected
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weights", ["none", "idf", "tfidf"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_agrees_with_the_oracle(masked, weighted):
+def test_agrees_with_the_oracle(masked, weights):
     collection = Collection(1, masked)
     patches = [collection.patches[i][collection.mask(i)] for i in range(N + Q)]
     radius = oracle.clear_radius(np.concatenate(patches[N:]), np.concatenate(patches[:N]), 0.4)
     queries = np.arange(N, N + 3)
-    found = search(collection, [np.arange(0, 9), np.arange(9, N)], queries, radius=radius, weighted=weighted)
+    found = search(collection, [np.arange(0, 9), np.arange(9, N)], queries, radius=radius, weights=weights)
     for query in queries:
         near = oracle.shortlist(collection.globals[query], dict(enumerate(collection.globals[:N])), K)
-        values = oracle.scores(patches[query], {row: patches[row] for row in near}, radius, weighted)
+        values = oracle.scores(patches[query], {row: patches[row] for row in near}, radius, weights)
         rows = sorted(near)
         assert found[query][0] == near
         assert found[query][1] == rows
@@ -130,11 +130,11 @@ def test_golden_through_shards():
     shards = [ShardIndex(database[part], database[part, 0], part) for part in np.array_split(np.arange(40), 3)]
     for candidates, suffix in ((golden["shortlist"], ""), (None, "_full_db")):
         batches = [shard.votes(queries, None, candidates, float(golden["radius"])) for shard in shards]
-        for weighted, name in ((False, "unweighted"), (True, "weighted")):
+        for weights, name in (("none", "unweighted"), ("tfidf", "weighted")):
             table = np.zeros((12, 40))
             for q in range(12):
                 votes = voting.merge([batch[q] for batch in batches])
-                table[q, votes.rows] = voting.scores(votes, weighted)
+                table[q, votes.rows] = voting.scores(votes, weights)
             np.testing.assert_allclose(table, golden[name + suffix], rtol=1e-6)
 
 
@@ -167,7 +167,7 @@ def test_masked_patches_do_not_exist():
 
 def test_an_image_never_votes_for_itself_but_for_its_duplicate():
     collection = Collection(0)
-    found = search(collection, [np.arange(8), np.arange(8, N)], np.array([3, 11]), full=True, weighted=False)
+    found = search(collection, [np.arange(8), np.arange(8, N)], np.array([3, 11]), full=True, weights="none")
     assert 3 not in found[3][1] and 11 not in found[11][1]
     assert found[3][3][0] == 11
     assert found[11][3][0] == 3
@@ -184,7 +184,7 @@ def test_self_among_given_candidates_is_left_out():
 
 def test_exact_duplicates_tie_by_database_row():
     collection = Collection(0)
-    found = search(collection, [np.arange(N)], np.array([N]), full=True, weighted=False)
+    found = search(collection, [np.arange(N)], np.array([N]), full=True, weights="none")
     assert found[N][3][:2] == [3, 11]
     assert found[N][0][:2] == [3, 11]
 

@@ -35,36 +35,36 @@ def golden():
     }
 
 
-def table(queries, database, shortlists, radius, weighted):
+def table(queries, database, shortlists, radius, weights):
     out = np.zeros((len(queries), len(database)))
     for q, rows in enumerate(shortlists):
         votes = voting.votes(queries[q], [database[j] for j in rows], radius, rows)
-        out[q, votes.rows] = voting.scores(votes, weighted)
+        out[q, votes.rows] = voting.scores(votes, weights)
     return out
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_golden_retrieval(golden, weighted):
-    name, radius = "weighted" if weighted else "unweighted", float(golden["radius"])
+@pytest.mark.parametrize("weights", ["none", "tfidf"])
+def test_golden_retrieval(golden, weights):
+    name, radius = "weighted" if weights == "tfidf" else "unweighted", float(golden["radius"])
     arguments = golden["query_desc"], golden["db_desc"]
-    np.testing.assert_allclose(table(*arguments, golden["shortlist"], radius, weighted), golden[name], rtol=1e-6)
+    np.testing.assert_allclose(table(*arguments, golden["shortlist"], radius, weights), golden[name], rtol=1e-6)
     every = [np.arange(40)] * 12
-    np.testing.assert_allclose(table(*arguments, every, radius, weighted), golden[f"{name}_full_db"], rtol=1e-6)
+    np.testing.assert_allclose(table(*arguments, every, radius, weights), golden[f"{name}_full_db"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_golden_register(golden, weighted):
-    name, radius, images = "weighted" if weighted else "unweighted", float(golden["radius"]), golden["reg_desc"]
+@pytest.mark.parametrize("weights", ["none", "tfidf"])
+def test_golden_register(golden, weights):
+    name, radius, images = "weighted" if weights == "tfidf" else "unweighted", float(golden["radius"]), golden["reg_desc"]
     others = [np.delete(np.arange(15), q) for q in range(15)]
-    np.testing.assert_allclose(table(images, images, others, radius, weighted), golden[f"reg_{name}"], rtol=1e-6)
-    short = table(images, images, golden["reg_shortlist"], radius, weighted)
+    np.testing.assert_allclose(table(images, images, others, radius, weights), golden[f"reg_{name}"], rtol=1e-6)
+    short = table(images, images, golden["reg_shortlist"], radius, weights)
     np.testing.assert_allclose(short, golden[f"reg_{name}_shortlist"], rtol=1e-6)
 
 
 def test_golden_ties(golden):
-    for weighted, name in ((False, "tie_unweighted"), (True, "tie_weighted")):
+    for weights, name in (("none", "tie_unweighted"), ("tfidf", "tie_weighted")):
         votes = voting.votes(golden["tie_query"][0], golden["tie_db"], float(golden["tie_radius"]), np.array([9, 4]))
-        values = voting.scores(votes, weighted)
+        values = voting.scores(votes, weights)
         np.testing.assert_allclose(values, golden[name][0], rtol=1e-6)
         assert votes.rows[voting.best(values, votes.rows, 2)].tolist() == [4, 9]
 
@@ -89,13 +89,13 @@ def test_pair_agrees_with_the_oracle(P, Q, E):
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_scores_agree_with_the_oracle(weighted):
+@pytest.mark.parametrize("weights", ["none", "idf", "tfidf"])
+def test_scores_agree_with_the_oracle(weights):
     images = clustered(3, 9, 14, 16)
     radius = oracle.clear_radius(images[0], images[1:], 0.35)
     votes = voting.votes(images[0], images[1:], radius, np.arange(1, 9))
-    expected = oracle.scores(images[0], dict(enumerate(images[1:], 1)), radius, weighted)
-    values = voting.scores(votes, weighted)
+    expected = oracle.scores(images[0], dict(enumerate(images[1:], 1)), radius, weights)
+    values = voting.scores(votes, weights)
     np.testing.assert_allclose(values, list(expected.values()), rtol=1e-6)
     assert votes.rows[voting.best(values, votes.rows, 5)].tolist() == oracle.ranking(expected, 5)
 
@@ -110,8 +110,8 @@ def test_merged_parts_have_the_bits_of_the_whole(cuts, seed, P):
     merged = voting.merge(parts[::-1])
     assert merged.rows.tolist() == whole.rows.tolist() == list(range(12))
     assert merged.candidates == whole.candidates == 12
-    for weighted in (False, True):
-        assert voting.scores(merged, weighted).tobytes() == voting.scores(whole, weighted).tobytes()
+    for weights in ("none", "idf", "tfidf"):
+        assert voting.scores(merged, weights).tobytes() == voting.scores(whole, weights).tobytes()
 
 
 def test_the_tiling_leaves_no_trace_in_the_bits():
@@ -152,8 +152,8 @@ def test_zero_patches_never_vote():
 def test_a_query_without_hits_has_no_result():
     x, y = np.eye(4, dtype=np.float32)[:2], np.eye(4, dtype=np.float32)[2:]
     votes = voting.votes(x, [y, y], 0.3)
-    for weighted in (False, True):
-        values = voting.scores(votes, weighted)
+    for weights in ("none", "idf", "tfidf"):
+        values = voting.scores(votes, weights)
         assert values.tolist() == [0, 0]
         assert voting.best(values, votes.rows, 2).size == 0
 
@@ -162,8 +162,8 @@ def test_a_patch_that_every_candidate_has_weighs_nothing():
     """The point of the weights: ln(n / n) = 0 for what is everywhere, more for what is rare."""
     common, rare = np.eye(2, dtype=np.float32)
     votes = voting.votes(np.stack([common, rare]), [np.stack([common, rare]), common[None], common[None]], 0.5)
-    assert voting.patch_weights(votes)[0] == 0
-    assert voting.patch_weights(votes)[1] == pytest.approx(1 / 2 * np.log(3 / (1 + 1e-5)))
+    assert voting.patch_weights(votes, "tfidf")[0] == 0
+    assert voting.patch_weights(votes, "tfidf")[1] == pytest.approx(1 / 2 * np.log(3 / (1 + 1e-5)))
     assert voting.scores(votes, True)[1:].tolist() == [0, 0]
     assert voting.scores(votes, False).tolist() == [2, 1, 1]
 

@@ -51,11 +51,12 @@ def plan(
 
     `listed` has the columns `LISTED`, names unique. `content(name)` hashes a file, None if it cannot be read: it is
     asked only where the modification time alone differs, and for files that could not be read before. Shards are
-    numbered after the existing ones and hold at most `shard_size` images, sorted by name.
+    numbered after the existing ones and hold at most `shard_size` images, sorted by name. Call `finish` first: an
+    image still planned counts as not embedded, and takes the size and time it is listed with now.
     """
     current = images.filter(pc.is_in(images["status"], pa.array([PLANNED, OK, QUARANTINED])))
     known = {row["name"]: row for row in current.select([*LISTED, "image_id", "content", "status"]).to_pylist()}
-    status, modified = images["status"].to_pylist(), images["modified_ns"].to_pylist()
+    status, size, modified = (images[name].to_pylist() for name in ("status", "size", "modified_ns"))
     position = {image_id: i for i, image_id in enumerate(images["image_id"].to_pylist())}
     new, changed = [], 0
     for row in sorted(listed.select(list(LISTED)).to_pylist(), key=lambda r: r["name"]):
@@ -63,11 +64,14 @@ def plan(
         if old is None:
             new.append(row)
             continue
+        at = position[old["image_id"]]
+        if old["status"] == PLANNED:
+            size[at], modified[at] = row["size"], row["modified_ns"]
+            continue
         never_read = old["status"] == QUARANTINED and old["content"] is None
         same = (old["size"], old["modified_ns"]) == (row["size"], row["modified_ns"])
-        if old["status"] == PLANNED or (same and not never_read):
+        if same and not never_read:
             continue
-        at = position[old["image_id"]]
         may_be_equal = never_read or old["size"] == row["size"]
         if may_be_equal and content(row["name"]) == old["content"]:  # touched only, or still unreadable
             modified[at] = row["modified_ns"]
@@ -79,7 +83,7 @@ def plan(
     if prune:
         for name in vanished:
             status[position[known[name]["image_id"]]] = REMOVED
-    columns = {"status": status, "modified_ns": modified}
+    columns = {"status": status, "size": size, "modified_ns": modified}
     kept = pa.table({name: columns.get(name, images[name]) for name in SCHEMA.names}, schema=SCHEMA)
     first_id = (pc.max(images["image_id"]).as_py() or 0) + 1 if images.num_rows else 0
     first_shard = pc.max(images["shard"]).as_py() + 1 if images.num_rows else 0

@@ -44,8 +44,8 @@ class EmbeddingConfig:
     """Subtract the ImageNet mean and divide by its deviation. The published encoder was trained without."""
     normalize_global: bool = False
     """L2-normalise the global descriptor (DINOv2's CLS is used as it is in the paper)."""
-    whiten: int | None = None
-    """Width of a PCA whitening of the patch tokens, fitted on a sample of the collection; null: none."""
+    whiten: int | None = 128
+    """Width of a PCA whitening of the backbone's own tokens, fitted on a sample; null: none. With an encoder: none."""
     dtype: str = "float16"
     """Type of stored descriptors: float16 or float32."""
     tokens: bool = False
@@ -76,6 +76,8 @@ class EmbeddingConfig:
         _require("embedding.precision", self.precision, self.precision in (None, "float32", "bfloat16", "float16"),
                  "float32, bfloat16, float16 or null")  # fmt: skip
         _require("embedding.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "from 0 to 1")
+        _require("embedding.gpus_per_encoder", self.gpus_per_encoder,
+                 self.gpus_per_encoder is None or self.gpus_per_encoder >= 0, "0, a positive number or null")  # fmt: skip
         _positive("embedding", self, "whiten", "sample", "shard_size", "batch_size", "encoders", "max_pixels")
 
 
@@ -85,12 +87,13 @@ class RetrievalConfig:
 
     k: int = 20
     """Database images kept per query."""
-    shortlist: int | None = 100
+    shortlist: int | None = 50
     """Database images per query that are voted on, the nearest by global descriptor; null: all of them."""
-    radius: float | None = 0.2
-    """Cosine distance within which two patches vote for each other; null: chosen from the images."""
-    weighted: bool = True
-    """Weight each query patch by TF-IDF, so that patches that match everywhere count little."""
+    radius: float | None = 0.65
+    """Cosine distance within which two patches vote for each other (0.2 with an encoder unless set); null: the median
+    similarity inside an image."""
+    weights: str = "idf"
+    """How query patches count: idf (less if they match many images), tfidf (the paper's formula) or none (all alike)."""
     mask_padding: bool = True
     """Leave out patches that lie in the letterbox padding (they vote in the original)."""
     within_scene: bool = False
@@ -106,6 +109,7 @@ class RetrievalConfig:
 
     def __post_init__(self):
         _positive("retrieval", self, "k", "shortlist", "shards", "query_batch", "timeout_s")
+        _require("retrieval.weights", self.weights, self.weights in ("none", "idf", "tfidf"), "none, idf or tfidf")
         _require("retrieval.radius", self.radius, self.radius is None or 0 < self.radius < 2,
                  "a cosine distance between 0 and 2 (useful: 0.1 to 0.5), or null")  # fmt: skip
 
@@ -199,6 +203,8 @@ class Config:
         return self.store or files.join(self.output, "store")
 
 
+# A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
+ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}
 PATHS = ("images", "queries", "database", "output", "store", "truth", "h5")
 
 
@@ -209,17 +215,19 @@ def load(config_files: Iterable[str] = (), overrides: Iterable[str] = (), **valu
     they must be absolute already. Raises `ConfigError` for an unknown key (with a suggestion), a value of the wrong
     type or out of bounds, a file that is missing or is not YAML.
     """
-    merged = OmegaConf.structured(Config)
+    told = OmegaConf.create()
     sources = [*(_from_file(name) for name in config_files), ("the arguments", dict(values)), _from_dotlist(overrides)]
     for origin, source in sources:
         try:
             content = OmegaConf.create(source)
             _check_keys(OmegaConf.to_container(content, resolve=False), Config, "", origin)
-            merged = OmegaConf.merge(merged, content)
+            told = OmegaConf.merge(told, content)
+            OmegaConf.merge(OmegaConf.structured(Config), content)  # types are checked here, to name the origin
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: {str(error).splitlines()[0]}{_at(error)}") from error
+    defaults = [OmegaConf.structured(Config)] + ([ENCODER_DEFAULTS] if told.get("encoder") else [])
     try:
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(*defaults, told))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
@@ -255,13 +263,19 @@ def _check_keys(content: object, schema: type, prefix: str, origin: str) -> None
     types = typing.get_type_hints(schema)
     for key, value in content.items():
         if key not in types:
-            close = difflib.get_close_matches(f"{prefix}{key}", KEYS, n=1, cutoff=0.6)
-            same_leaf = [known for known in KEYS if known.rpartition(".")[2] == key]
-            guess = (same_leaf or close or [None])[0]
+            guess = _similar(str(key), types, prefix)
             hint = f"did you mean {guess!r}?" if guess else f"known keys here: {', '.join(types)}"
             raise ConfigError(f"{origin}: unknown key {prefix + str(key)!r}; {hint}")
         if dataclasses.is_dataclass(types[key]):
             _check_keys(value, types[key], f"{prefix}{key}.", origin)
+
+
+def _similar(key: str, siblings: Iterable[str], prefix: str) -> str | None:
+    """The known key whose last part is most like `key`: of this section, or else of any."""
+    leaves = {known.rpartition(".")[2]: known for known in reversed(KEYS)}
+    leaves |= {name: f"{prefix}{name}" for name in siblings}
+    close = difflib.get_close_matches(key, leaves, n=1)
+    return leaves[close[0]] if close else None
 
 
 def _with_absolute_paths(config: Config) -> Config:

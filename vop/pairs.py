@@ -13,8 +13,8 @@ SCHEMA = pa.schema(
         ("query", pa.string()),
         ("database", pa.string()),
         ("rank", pa.int32()),  # from 0, per query
-        ("score", pa.float32()),  # sum of the similarities of the hits, U of DESIGN
-        ("weighted", pa.float32()),  # the same with TF-IDF weights, W
+        ("score", pa.float32()),  # sum of the similarities of all hits
+        ("weighted", pa.float32()),  # the same with retrieval.weights: what the pairs are ranked by
         ("shortlist_rank", pa.int32()),  # rank by global descriptor; null without a shortlist
         ("shortlist_score", pa.float32()),
     ]
@@ -66,10 +66,10 @@ def iterate(path: str) -> Iterator[pa.Table]:
             yield file.read_row_group(group)
 
 
-def best_scores(table: pa.Table, weighted: bool) -> dict[str, float]:
+def best_scores(table: pa.Table) -> dict[str, float]:
     """The score of the best pair of every query that has one."""
     first = table.filter(pc.equal(table["rank"], 0))
-    return dict(zip(first["query"].to_pylist(), first["weighted" if weighted else "score"].to_pylist(), strict=True))
+    return dict(zip(first["query"].to_pylist(), first["weighted"].to_pylist(), strict=True))
 
 
 def check_hloc_names(names: Iterable[str]) -> None:

@@ -4,12 +4,12 @@ import dataclasses
 
 import pyarrow as pa
 
-from vop import catalog, files, pairs, run
+from vop import catalog, files, hdf5, pairs, run
 from vop import config as configuration
 from vop.config import Config, ConfigError
 from vop.datasets import rendered
 from vop.datasets.image_sets import ImageSets, open_image_sets
-from vop.datasets.posed import overlap_truth
+from vop.datasets.posed import CAMERAS, PosedFolder, overlap_truth
 from vop.embedding import hash_file
 from vop.evaluation import evaluate
 from vop.parts import Parts
@@ -71,6 +71,43 @@ def report(config: Config) -> Run:
     return job
 
 
+def export_h5(config: Config) -> Run:
+    """Write a store, or the images named of it, as the original's overlap_feats.h5; run.json stays as it is."""
+    if config.h5 is None:
+        raise ConfigError("export-h5 needs h5=FILE, the file to write")
+    job, store = Run(config.output, "export-h5"), EmbeddingStore.open(config.store_path)
+    named = any(source is not None for source in (config.images, config.queries, config.database))
+    sets = open_image_sets(config) if named else None
+    chosen = (sets.names, sets.queries, sets.database) if sets else (None, None, None)
+    everything, queries, database = (store.select(names) for names in chosen)
+    cameras = {}
+    if sets and files.exists(files.join(sets.root, CAMERAS)):
+        posed = PosedFolder.open(sets.root)
+        below = posed.root[len(sets.root) + 1 :]  # names of the store count from the root of the images
+        names = (files.join(below, name) if below else name for name in posed.names)
+        cameras = dict(zip(names, posed.cameras, strict=True))
+    with job.step("total"), progress("export", len(everything), 0, "images") as bar:
+        for written in hdf5.export(everything, config.h5, {"query": queries.names, "db": database.names}, cameras):
+            bar.update(written)
+    job.counts |= {"h5": config.h5, "exported": len(everything), "cameras": len(cameras.keys() & {*everything.names})}
+    return job
+
+
+def import_h5(config: Config) -> Run:
+    """Make a store of a file in that layout; its lists of names go to the run directory, as lists/NAME.txt."""
+    if config.h5 is None or config.encoder is not None:
+        raise ConfigError("import-h5 needs h5=FILE and takes its descriptors as they are: give no encoder")
+    with run.start(config, "import-h5") as job, job.step("import"):
+        source = hdf5.FeatureFile.open(config.h5, config.embedding.dtype)
+        store = source.store(config.store_path)
+        done, imported = source.write(store, config.embedding.shard_size, config.embedding.max_bad_fraction)
+        for key, names in source.indices.items():
+            files.write_bytes(job.path(f"lists/{key}.txt"), "".join(f"{name}\n" for name in names).encode())
+        job.counts |= catalog.summary(done.images, done) | {"embedded_now": imported, "store": store.path}
+        job.quarantined = list(catalog.quarantined(done.images))
+    return job
+
+
 def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
     """The store with every image of the collection embedded or quarantined."""
     listing = sets.listing()
@@ -78,10 +115,11 @@ def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
         store = _opened(config, listing)
     with job.step("plan"):
         paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
-        planned = catalog.plan(store.images(), listing, config.embedding.shard_size, config.embedding.prune,
+        receipts = store.receipts()
+        known = catalog.finish(store.images(), receipts, store.shard_facts)  # what a killed run left to be noted
+        planned = catalog.plan(known, listing, config.embedding.shard_size, config.embedding.prune,
                                lambda name: hash_file(paths[name]))  # fmt: skip
         store.write_images(planned.images)
-        receipts = store.receipts()
         pending = catalog.pending(planned.images, receipts)
         guard = catalog.BadImages(planned.images, receipts, config.embedding.max_bad_fraction)
     total = planned.images.num_rows

@@ -80,6 +80,10 @@ class Run:
             )
         if "pairs_txt" in counts:
             lines.append(f"  pairs.txt    {counts['pairs_txt']}")
+        if "exported" in counts:
+            lines.append(
+                f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)"
+            )
         lines += self._judgement()
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
         lines.append(f"  seconds      {steps}")

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from vop import catalog, files
@@ -154,12 +155,17 @@ class EmbeddingStore:
             )
 
     def calibration(self) -> dict[str, np.ndarray]:
-        """The arrays estimated on a sample of the collection. Raises `StoreError` if they were changed."""
+        """The arrays estimated on a sample of the collection. Raises `StoreError` if their file is damaged."""
         if not self.manifest["calibration"]:
             return {}
-        arrays = safetensors.load(files.read_bytes(files.join(self.path, "calibration.safetensors")))
+        path = files.join(self.path, "calibration.safetensors")
+        remedy = "restore it, or embed into a new store"
+        try:
+            arrays = safetensors.load(files.read_bytes(path))
+        except (FileNotFoundError, SafetensorError) as error:
+            raise StoreError(f"cannot read {path} ({error}): {remedy}") from error
         if digest(arrays) != self.manifest["calibration"]:
-            raise StoreError(f"{self.path}/calibration.safetensors is not the file that the manifest names")
+            raise StoreError(f"{path} is not the file that the manifest names: {remedy}")
         return arrays
 
     def images(self) -> pa.Table:
@@ -245,7 +251,8 @@ class EmbeddingStore:
         if names is None:
             return Selection(self, live)
         wanted = pa.array(names, pa.string())
-        absent = pc.filter(wanted, pc.invert(pc.is_in(wanted, images["name"].combine_chunks())))
+        current = images.filter(pc.is_in(images["status"], pa.array([catalog.OK, catalog.QUARANTINED])))
+        absent = pc.filter(wanted, pc.invert(pc.is_in(wanted, current["name"].combine_chunks())))
         if len(absent):
             raise StoreError(
                 f"{len(absent)} images are not in the store at {self.path}, the first {absent[0].as_py()!r}: "

@@ -132,19 +132,19 @@ class Search:
         for q, position in enumerate(self._positions(batch.number)):
             name = self.queries.names[position]
             merged = voting.merge([part[q] for part in votes])
-            plain, tfidf = voting.scores(merged, weighted=False), voting.scores(merged, weighted=True)
-            kept = voting.best(tfidf if self.retrieval.weighted else plain, merged.rows, self.retrieval.k)
+            plain, weighted = voting.scores(merged, "none"), voting.scores(merged, self.retrieval.weights)
+            kept = voting.best(weighted, merged.rows, self.retrieval.k)
             listed = {} if shortlist is None else {int(row): rank for rank, row in enumerate(shortlist[q])}
             ranks = [listed.get(int(row)) for row in merged.rows[kept]]
             weights = [None] * len(kept)
             if name in chosen and weights:
-                weights[0] = _patch_weights(merged, batch, q, self.retrieval.weighted)
+                weights[0] = _patch_weights(merged, batch, q, self.retrieval.weights)
             columns = {
                 "query": [name] * len(kept),
                 "database": [self.database.names[row] for row in merged.rows[kept]],
                 "rank": np.arange(len(kept)),
                 "score": plain[kept],
-                "weighted": tfidf[kept],
+                "weighted": weighted[kept],
                 "shortlist_rank": ranks,
                 "shortlist_score": [None if rank is None else shortlist.scores_of(q)[rank] for rank in ranks],
                 "patch_weights": weights,
@@ -153,11 +153,11 @@ class Search:
         return pa.concat_tables(tables)
 
 
-def _patch_weights(votes: voting.Votes, batch: QueryBatch, q: int, weighted: bool) -> np.ndarray:
+def _patch_weights(votes: voting.Votes, batch: QueryBatch, q: int, kind: str) -> np.ndarray:
     """Weights (P,) float32 of all patches of a query; padding that took no part weighs nothing."""
     weights = np.zeros(batch.patches.shape[1], np.float32)
     took_part = slice(None) if batch.masks is None else batch.masks[q]
-    weights[took_part] = voting.patch_weights(votes) if weighted else 1.0
+    weights[took_part] = voting.patch_weights(votes, kind)
     return weights
 
 

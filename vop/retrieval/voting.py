@@ -113,20 +113,29 @@ def merge(parts: Sequence[Votes]) -> Votes:
     )
 
 
-def patch_weights(votes: Votes) -> np.ndarray:
-    """w (P,) float64: the TF-IDF weight of each query patch, from the counts over all the query's candidates."""
-    hits = votes.counts.sum(axis=0, dtype=np.int64)
+def patch_weights(votes: Votes, weights: str) -> np.ndarray:
+    """w (P,) float64: how much each query patch counts, from the counts over all the query's candidates.
+
+    weights  "tfidf": the paper's, see the module. "idf": ln((n_candidates + 1) / ni), without the factor nid / P, which
+             counts a patch the more the oftener it repeats within an image, as sky and floors do. "none": 1.
+    """
+    if weights == "none":
+        return np.ones(votes.counts.shape[1])
     images = np.count_nonzero(votes.counts, axis=0)
-    return np.maximum(0.0, hits / votes.counts.shape[1] * np.log(max(votes.candidates, 1) / (images + 1e-5)))
+    if weights == "idf":
+        return np.log((votes.candidates + 1) / np.maximum(images, 1))
+    if weights == "tfidf":
+        hits = votes.counts.sum(axis=0, dtype=np.int64)
+        return np.maximum(0.0, hits / votes.counts.shape[1] * np.log(max(votes.candidates, 1) / (images + 1e-5)))
+    raise ValueError(f"weights are {weights!r}, but must be none, idf or tfidf")
 
 
-def scores(votes: Votes, weighted: bool) -> np.ndarray:
-    """Scores (n,) float64 of the candidates, in the order of `votes.rows`: W if weighted, else U.
+def scores(votes: Votes, weights: str) -> np.ndarray:
+    """Scores (n,) float64 of the candidates, in the order of `votes.rows`: sum_p w[p] A[p, j]; see `patch_weights`.
 
     `votes` must hold the whole merge: the weights depend on every candidate.
     """
-    weights = patch_weights(votes) if weighted else np.ones(votes.sums.shape[1])
-    return _weighted_sums(np.ascontiguousarray(votes.sums), weights)
+    return _weighted_sums(np.ascontiguousarray(votes.sums), patch_weights(votes, weights))
 
 
 @njit(nogil=True, cache=True)
@@ -143,7 +152,7 @@ def best(scores: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     """Positions of the at most k best entries, best first; equal scores by database row.
 
     Only scores above 0 count: an image without a vote overlaps nowhere and is not a result. So the list may be
-    shorter than k or empty. (With one candidate the weighted score is 0 by the formula: ln(1 / 1) = 0.)
+    shorter than k or empty. (With one candidate every tfidf score is 0 by the formula: ln(1 / 1) = 0.)
     """
     order = np.lexsort((rows, -scores))
     return order[scores[order] > 0][:k]

@@ -6,7 +6,8 @@ import pyarrow as pa
 import ray
 
 from vop.config import Config
-from vop.embedding import Calibration, Embedder, ShardWriter, calibrate, decode_shard
+from vop.embedding import ShardWriter, decode_shard
+from vop.models.embedder import Calibration, Embedder, calibrate
 from vop.stages import cluster
 from vop.store import EmbeddingStore
 
@@ -43,7 +44,7 @@ def _dataset(config: Config, store: EmbeddingStore, shards: dict[int, pa.Table])
     encoders = min(_encoders(config, gpu), len(shards))
     # Model replicas on CPUs ask for half of the cores together: decoding always finds a free one, and the request
     # differs from decoding's, without which Ray Data would fuse both and decode inside the model's process.
-    cpus = 1 if gpu else round(max(0.1, 0.5 * cluster.cpus() / encoders), 2)
+    cpus = 1 if gpu else round(min(0.9, 0.5 * cluster.cpus() / encoders), 2)
     shard = {"batch_size": None, "batch_format": "pyarrow"}
     embedding = config.embedding
     return (

@@ -22,14 +22,13 @@ def write_page(config: Config, run: Run, truth: OverlapTruth | None) -> str:
     """Write report.html of a run and return its path."""
     store = EmbeddingStore.open(run.counts["store"])
     ranked = pairs.read_parquet(run.path("pairs.parquet"))
-    score = "weighted" if config.retrieval.weighted else "score"
-    best = pairs.best_scores(ranked, config.retrieval.weighted)
-    scores = ranked[score].to_numpy()
+    best = pairs.best_scores(ranked)
+    scores = ranked["weighted"].to_numpy()
     report = Report(
         title=f"vop {run.command}: {run.counts['root'].rstrip('/').rpartition('/')[2]}",
         radius=run.counts["radius"],
         summary=_cards(run),
-        panels=_panels(config, run, store, ranked.append_column("shown", ranked[score]), truth),
+        panels=_panels(config, run, store, ranked, truth),
         scores=scores[:: max(1, len(scores) // SCORES)],
         best_scores=np.array(list(best.values())),
         weakest=sorted(best.items(), key=lambda item: item[1])[:WEAKEST],
@@ -78,7 +77,7 @@ def _panels(
         for row in rows:
             known = query in index and row["database"] in index
             overlap = float(truth.matrix[index[query], index[row["database"]]]) if known else None
-            matches.append(Match(pictures[row["database"]], row["rank"] + 1, row["shown"], overlap))
+            matches.append(Match(pictures[row["database"]], row["rank"] + 1, row["weighted"], overlap))
         panels.append(QueryPanel(pictures[query], np.array(patch_weights, np.float32), matches))
     return panels
 

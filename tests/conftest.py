@@ -1,0 +1,46 @@
+"""One local Ray and one rendered collection for all tests. The environment must stand before Ray is imported."""
+
+import os
+
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+
+from vop.datasets import rendered
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """Ray on this machine, with more logical CPUs than a small runner has: Data jobs and actors must fit side by side.
+
+    `vop.stages.cluster.connect` uses a running Ray as it is, so every pipeline call of a test shares this one.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=400 * 2**20,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rendered_collection(tmp_path_factory):
+    """Folder of 24 small rendered photographs (two rooms, portrait ones among them) with their true overlaps.
+
+    Tests that change files work on a copy.
+    """
+    folder = tmp_path_factory.mktemp("rendered")
+    rendered.write(folder, 24, seed=0, width=160, height=120, lighting=1.0)
+    return folder
