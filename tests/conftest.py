@@ -1,5 +1,6 @@
 """One local Ray and one rendered collection for all tests. The environment must stand before Ray is imported."""
 
+import logging
 import os
 
 os.environ |= {
@@ -21,8 +22,9 @@ def local_ray():
 
     `vop.stages.cluster.connect` uses a running Ray as it is, so every pipeline call of a test shares this one.
     """
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # pytest would print pages of it under every failure
     ray.init(
         address="local",
         num_cpus=4,

@@ -17,9 +17,7 @@ names = st.sampled_from([f"{folder}{letter}.jpg" for folder in ("", "s/") for le
 
 
 def listing(disk) -> pa.Table:
-    rows = [
-        {"name": name, "scene": "", "size": file.size, "modified_ns": file.modified} for name, file in disk.items()
-    ]
+    rows = [{"name": name, "scene": "", "size": file.size, "modified_ns": file.modified} for name, file in disk.items()]
     return pa.Table.from_pylist(rows, schema=pa.schema([catalog.SCHEMA.field(name) for name in catalog.LISTED]))
 
 

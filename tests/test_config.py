@@ -55,7 +55,9 @@ def test_an_unknown_key_is_refused_with_a_suggestion(override, suggestion):
 
 def test_unknown_keys_are_refused_from_every_source(tmp_path):
     name = write(tmp_path / "a.yaml", "retrieval:\n  raduis: 0.1\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key 'retrieval\.raduis'; did you mean 'retrieval\.radius'"):
+    with pytest.raises(
+        ConfigError, match=r"a\.yaml: unknown key 'retrieval\.raduis'; did you mean 'retrieval\.radius'"
+    ):
         load([name])
     with pytest.raises(ConfigError, match=r"unknown key 'outptu'; did you mean 'output'"):
         load(outptu="run")

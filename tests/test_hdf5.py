@@ -182,8 +182,9 @@ def test_an_imported_store_is_not_mixed_with_anything_else(tmp_path):
         imported(tmp_path / "f.h5", tmp_path / "computed")
     with pytest.raises(StoreError, match=r"'imported'.*'random'"):
         store.check_features(computed.manifest["features"])
-    again = FeatureFile.open(exported(computed, tmp_path / "h.h5"), "float16")
-    assert again.features["backbone"]["made_by"] == computed.manifest["features"]
+    again = imported(exported(computed, tmp_path / "h.h5"), tmp_path / "again")
+    assert again.manifest["made_by"] == computed.manifest["features"]
+    assert store.manifest["made_by"] is None
 
 
 def test_a_killed_import_continues_and_leaves_the_same_bytes(tmp_path, monkeypatch):
@@ -303,32 +304,40 @@ def test_what_the_layout_has_no_place_for_is_not_exported(tmp_path):
     assert not (tmp_path / "f.h5").exists()
 
 
-def test_the_commands_export_with_cameras_and_import_again(tmp_path):
+@pytest.mark.parametrize(("images", "prefix"), [("photos", "images/"), ("photos/images", "")])
+def test_the_commands_export_with_cameras_and_import_again(tmp_path, images, prefix):
     from vop import pipeline
 
-    names = ["a/0.jpg", "a/1.jpg", "b/2.jpg"]
+    names = [f"{prefix}{name}" for name in ("a/0.jpg", "a/1.jpg", "b/2.jpg")]
     store = computed_store(tmp_path / "store", names)
     for name in names:
-        files.write_bytes(tmp_path / "photos" / name, b"\xff\xd8\xff")
+        files.write_bytes(tmp_path / images / name, b"\xff\xd8\xff")
     pose = {"K": np.eye(3).tolist(), "R": np.eye(3).tolist(), "t": [0, 0, 1], "width": 40, "height": 30}
     (tmp_path / "photos" / "cameras.json").write_text(json.dumps({"b/2.jpg": pose, "gone.jpg": pose}))
-    told = {"store": store.path, "h5": str(tmp_path / "f.h5"), "images": str(tmp_path / "photos"),
-            "queries": str(tmp_path / "photos" / "b"), "output": str(tmp_path / "run")}  # fmt: skip
+    told = {"store": store.path, "h5": str(tmp_path / "f.h5"), "images": str(tmp_path / images),
+            "queries": str(tmp_path / "photos/images/b"), "output": str(tmp_path / "run")}  # fmt: skip
     summary = pipeline.export_h5(config.load(**told)).summary()
     assert "3 images, 1 with cameras" in summary
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()  # a run's record is not overwritten
     with h5py.File(tmp_path / "f.h5") as h5:
-        assert [name for name in names if "T_w2cam" in h5[name]] == ["b/2.jpg"]
+        assert [name for name in names if "T_w2cam" in h5[name]] == names[2:]
     told = {"store": str(tmp_path / "again"), "h5": str(tmp_path / "f.h5"), "output": str(tmp_path / "run")}
     summary = pipeline.import_h5(config.load(**told)).summary()
     assert "3 in the store" in summary
-    assert (tmp_path / "run/lists/query.txt").read_text() == "b/2.jpg\n"
-    assert (tmp_path / "run/lists/db.txt").read_text() == "a/0.jpg\na/1.jpg\nb/2.jpg\n"
+    assert (tmp_path / "run/lists/query.txt").read_text().splitlines() == names[2:]
+    assert (tmp_path / "run/lists/db.txt").read_text().splitlines() == names
     assert EmbeddingStore.open(told["store"]).select().names == names
-    told = {"store": store.path, "h5": str(tmp_path / "g.h5")}
-    pipeline.export_h5(config.load(**told))
-    with h5py.File(tmp_path / "g.h5") as h5:
-        assert h5["indices/query"].asstr()[()].tolist() == names
+
+
+def test_the_commands_need_no_images_but_a_file(tmp_path):
+    from vop import pipeline
+
+    store = computed_store(tmp_path / "store")
+    pipeline.export_h5(config.load(store=store.path, h5=str(tmp_path / "f.h5")))
+    with h5py.File(tmp_path / "f.h5") as h5:
+        assert h5["indices/query"].asstr()[()].tolist() == h5["indices/db"].asstr()[()].tolist() == sorted(NAMES)
+    with pytest.raises(config.ConfigError, match="export-h5 needs h5=FILE"):
+        pipeline.export_h5(config.load(store=store.path))
     for wrong in ({}, {"h5": "f.h5", "encoder": "enc"}):
         with pytest.raises(config.ConfigError, match="import-h5 needs h5=FILE"):
             pipeline.import_h5(config.load(**wrong))

@@ -162,7 +162,7 @@ def test_masked_patches_do_not_exist():
         alone = voting.votes(collection.patches[N + q][collection.masks[N + q]], cut, 0.4)
         assert votes.patches[q] == collection.masks[N + q].sum()
         assert votes[q].sums.tobytes() == alone.sums[votes[q].rows].tobytes()
-        assert voting.scores(votes[q], True).tobytes() == voting.scores(alone, True)[votes[q].rows].tobytes()
+        assert voting.scores(votes[q], "tfidf").tobytes() == voting.scores(alone, "tfidf")[votes[q].rows].tobytes()
 
 
 def test_an_image_never_votes_for_itself_but_for_its_duplicate():
@@ -209,7 +209,7 @@ def test_a_scene_that_the_shard_lacks_gives_nothing():
     assert len(shard.shortlist(collection.globals[N:], K, scenes=np.full(Q, 99)).rows) == 0
     votes = shard.votes(collection.patches[N:], None, None, 0.4, scenes=np.full(Q, 99))
     assert len(votes.rows) == 0
-    assert voting.scores(votes[0], True).size == 0
+    assert voting.scores(votes[0], "tfidf").size == 0
 
 
 def test_candidates_of_other_shards_are_ignored():

@@ -50,7 +50,9 @@ def test_images_without_truth_are_left_out():
 
 
 def test_no_truth_at_all_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 1 queries has a database image with a true overlap of at least 0\.3"):
+    with pytest.raises(
+        ValueError, match=r"none of 1 queries has a database image with a true overlap of at least 0\.3"
+    ):
         retrieval({"z": ["a"]}, NAMES, OVERLAP, 0.3)
     with pytest.raises(ValueError, match="none of 2"):
         retrieval({"a": ["b"], "b": ["a"]}, NAMES, OVERLAP, 0.95)

@@ -48,7 +48,9 @@ def test_best_scores(tmp_path):
     assert pairs.best_scores(table) == {"a/1.jpg": 0.25, "c.jpg": 0.5}
 
 
-@pytest.mark.parametrize("name", ["with space.jpg", "tab\there.jpg", "no-break\u00a0space.jpg", " lead.jpg", "line\n.jpg"])
+@pytest.mark.parametrize(
+    "name", ["with space.jpg", "tab\there.jpg", "no-break\u00a0space.jpg", " lead.jpg", "line\n.jpg"]
+)
 def test_names_that_hloc_would_split_give_no_text_file(tmp_path, name):
     """Even if the name is in no pair: the next run may have it, and the file would come and go."""
     (tmp_path / "pairs.txt").write_text("of an older run\n")

@@ -54,7 +54,11 @@ def test_golden_retrieval(golden, weights):
 
 @pytest.mark.parametrize("weights", ["none", "tfidf"])
 def test_golden_register(golden, weights):
-    name, radius, images = "weighted" if weights == "tfidf" else "unweighted", float(golden["radius"]), golden["reg_desc"]
+    name, radius, images = (
+        "weighted" if weights == "tfidf" else "unweighted",
+        float(golden["radius"]),
+        golden["reg_desc"],
+    )
     others = [np.delete(np.arange(15), q) for q in range(15)]
     np.testing.assert_allclose(table(images, images, others, radius, weights), golden[f"reg_{name}"], rtol=1e-6)
     short = table(images, images, golden["reg_shortlist"], radius, weights)
@@ -164,15 +168,15 @@ def test_a_patch_that_every_candidate_has_weighs_nothing():
     votes = voting.votes(np.stack([common, rare]), [np.stack([common, rare]), common[None], common[None]], 0.5)
     assert voting.patch_weights(votes, "tfidf")[0] == 0
     assert voting.patch_weights(votes, "tfidf")[1] == pytest.approx(1 / 2 * np.log(3 / (1 + 1e-5)))
-    assert voting.scores(votes, True)[1:].tolist() == [0, 0]
-    assert voting.scores(votes, False).tolist() == [2, 1, 1]
+    assert voting.scores(votes, "tfidf")[1:].tolist() == [0, 0]
+    assert voting.scores(votes, "none").tolist() == [2, 1, 1]
 
 
 def test_candidates_without_hits_count_even_when_left_out():
     images = clustered(4, 5, 12, 16)
     full = voting.votes(images[0], [*images[1:], np.zeros((2, 16), np.float32)], 0.4)
     short = voting.Votes(full.rows[:4], full.sums[:4], full.counts[:4], full.candidates)
-    assert voting.scores(short, True).tolist() == voting.scores(full, True)[:4].tolist()
+    assert voting.scores(short, "tfidf").tolist() == voting.scores(full, "tfidf")[:4].tolist()
 
 
 def test_best_is_descending_with_ties_by_row():

@@ -77,7 +77,7 @@ class EmbeddingConfig:
                  "float32, bfloat16, float16 or null")  # fmt: skip
         _require("embedding.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "from 0 to 1")
         _require("embedding.gpus_per_encoder", self.gpus_per_encoder,
-                 self.gpus_per_encoder is None or self.gpus_per_encoder >= 0, "0, a positive number or null")  # fmt: skip
+                 self.gpus_per_encoder is None or self.gpus_per_encoder >= 0, "0, positive or null")  # fmt: skip
         _positive("embedding", self, "whiten", "sample", "shard_size", "batch_size", "encoders", "max_pixels")
 
 
@@ -93,7 +93,7 @@ class RetrievalConfig:
     """Cosine distance within which two patches vote for each other (0.2 with an encoder unless set); null: the median
     similarity inside an image."""
     weights: str = "idf"
-    """How query patches count: idf (less if they match many images), tfidf (the paper's formula) or none (all alike)."""
+    """How query patches count: idf (less where they match many images), tfidf (the paper's formula), none (all alike)."""
     mask_padding: bool = True
     """Leave out patches that lie in the letterbox padding (they vote in the original)."""
     within_scene: bool = False

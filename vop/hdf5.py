@@ -131,7 +131,7 @@ class FeatureFile:
     def features(self) -> dict:
         """What the manifest of an imported store says: it can be mixed with descriptors of the same file only."""
         return {
-            "backbone": {"name": "imported", "file_sha256": self.sha256, "made_by": self.made_by},
+            "backbone": {"name": "imported", "file_sha256": self.sha256},
             "encoder": None,
             "preprocessing": {"image_size": PATCH_SIZE * math.isqrt(self.shape[0])},
             "whiten": None,
@@ -151,7 +151,8 @@ class FeatureFile:
             return store
         patches, width, global_width = self.shape
         shapes = {"patches": patches, "width": width, "global_width": global_width, "token_width": width}
-        return EmbeddingStore.create(path, self.features, shapes | {"dtype": self.dtype}, {})
+        noted = {"dtype": self.dtype, "made_by": self.made_by}
+        return EmbeddingStore.create(path, self.features, shapes | noted, {})
 
     def listing(self) -> pa.Table:
         """name, scene, size, modified_ns of every image, for `vop.catalog.plan`: sizes and times are unknown, 0."""

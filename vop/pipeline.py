@@ -80,13 +80,13 @@ def export_h5(config: Config) -> Run:
     sets = open_image_sets(config) if named else None
     chosen = (sets.names, sets.queries, sets.database) if sets else (None, None, None)
     everything, queries, database = (store.select(names) for names in chosen)
-    cameras = {}
-    if sets and files.exists(files.join(sets.root, CAMERAS)):
-        posed = PosedFolder.open(sets.root)
+    cameras, places = {}, (sets.root, sets.root.removesuffix("/images")) if sets else ()
+    if folder := next((place for place in places if files.exists(files.join(place, CAMERAS))), None):
+        posed = PosedFolder.open(folder)
         below = posed.root[len(sets.root) + 1 :]  # names of the store count from the root of the images
         names = (files.join(below, name) if below else name for name in posed.names)
         cameras = dict(zip(names, posed.cameras, strict=True))
-    with job.step("total"), progress("export", len(everything), 0, "images") as bar:
+    with job.step("total"), job.step("export"), progress("export", len(everything), 0, "images") as bar:
         for written in hdf5.export(everything, config.h5, {"query": queries.names, "db": database.names}, cameras):
             bar.update(written)
     job.counts |= {"h5": config.h5, "exported": len(everything), "cameras": len(cameras.keys() & {*everything.names})}
