@@ -64,7 +64,7 @@ class BruteForce:
         self.patches = [x[mask].astype(np.float64) for x, mask in zip(patches, self.masks, strict=True)]
         self.starts = np.cumsum([0, *(len(x) for x in self.patches)])
         self.similarity = np.concatenate(self.patches) @ np.concatenate(self.patches).T
-        self.radius = self._clear_radius(0.2)
+        self.radius = self._clear_radius(config.RetrievalConfig().radius)
 
     def _clear_radius(self, near):
         """A radius about `near` with no similarity so close to 1 - radius that rounding could decide a hit."""
@@ -73,7 +73,7 @@ class BruteForce:
         assert values[gap + 1] - values[gap] > 2e-6, "no clear gap: the test's data are too dense"
         return float(1 - (values[gap] + values[gap + 1]) / 2)
 
-    def scores(self, query, candidates, weighted):
+    def scores(self, query, candidates, weights):
         """{row: score} of one image against others."""
         own = slice(self.starts[query], self.starts[query + 1])
         columns = [slice(self.starts[row], self.starts[row + 1]) for row in candidates]
@@ -81,13 +81,17 @@ class BruteForce:
         hits = [block > 1 - self.radius for block in blocks]
         sums = np.stack([(block * hit).sum(axis=1) for block, hit in zip(blocks, hits, strict=True)])
         counts = np.stack([hit.sum(axis=1) for hit in hits])
-        weights = np.ones(sums.shape[1])
-        if weighted:
-            idf = np.log(len(candidates) / ((counts > 0).sum(axis=0) + 1e-5))
-            weights = np.maximum(0, counts.sum(axis=0) / sums.shape[1] * idf)
-        return dict(zip(candidates, sums @ weights, strict=True))
+        images = (counts > 0).sum(axis=0)
+        if weights == "none":
+            weight = np.ones(sums.shape[1])
+        elif weights == "idf":
+            weight = np.log((len(candidates) + 1) / np.maximum(images, 1))
+        else:
+            idf = np.log(len(candidates) / (images + 1e-5))
+            weight = np.maximum(0, counts.sum(axis=0) / sums.shape[1] * idf)
+        return dict(zip(candidates, sums @ weight, strict=True))
 
-    def pairs(self, queries, database, k, shortlist, weighted=True, within_scene=False):
+    def pairs(self, queries, database, k, shortlist, weights="idf", within_scene=False):
         """Rows of pairs.parquet: (query, database, rank, score, weighted, shortlist rank)."""
         place = {name: row for row, name in enumerate(self.names)}
         found = []
@@ -99,10 +103,10 @@ class BruteForce:
             listed = rows
             if shortlist is not None:
                 listed = oracle.shortlist(self.globals[q], {row: self.globals[row] for row in rows}, shortlist)
-            plain, tfidf = (self.scores(q, sorted(listed), w) for w in (False, True))
-            for rank, row in enumerate(oracle.ranking(tfidf if weighted else plain, k)):
+            plain, weighted = (self.scores(q, sorted(listed), w) for w in ("none", weights))
+            for rank, row in enumerate(oracle.ranking(weighted, k)):
                 position = None if shortlist is None else listed.index(row)
-                found.append((name, self.names[row], rank, plain[row], tfidf[row], position))
+                found.append((name, self.names[row], rank, plain[row], weighted[row], position))
         return found
 
 
@@ -156,10 +160,10 @@ def test_brute_force_is_the_oracle(brute):
     small.patches = [x[::6] for x in brute.patches[:4]]
     small.starts = np.cumsum([0, *(len(x) for x in small.patches)])
     small.similarity = np.concatenate(small.patches) @ np.concatenate(small.patches).T
-    small.radius = 0.5
-    for weighted in (False, True):
-        slow = oracle.scores(small.patches[0], dict(enumerate(small.patches[1:], 1)), 0.5, weighted)
-        fast = small.scores(0, [1, 2, 3], weighted)
+    small.radius = 0.7
+    for weights in ("none", "idf", "tfidf"):
+        slow = oracle.scores(small.patches[0], dict(enumerate(small.patches[1:], 1)), 0.7, weights)
+        fast = small.scores(0, [1, 2, 3], weights)
         assert min(slow.values()) > 0
         assert fast == pytest.approx(slow, rel=1e-9)
 
@@ -177,7 +181,7 @@ def test_a_run_directory_holds_what_was_promised(registered, photos):
     assert record["counts"] == job.counts
     assert record["counts"].items() >= {
         "images": 24, "quarantined": 0, "added": 24, "changed": 0, "vanished": 0, "embedded_now": 24,
-        "queries": 24, "database": 24, "radius": 0.2, "root": str(photos), "store": asked.store_path,
+        "queries": 24, "database": 24, "radius": asked.retrieval.radius, "root": str(photos), "store": asked.store_path,
         "skipped": {"not an image (.parquet)": 1},
     }.items()  # fmt: skip
     assert record["versions"]["ray"].startswith("2.")
@@ -240,13 +244,13 @@ def test_pairs_are_those_of_brute_force_however_the_database_is_sharded(register
     ("settings", "expected"),
     [
         ({"k": K, "shortlist": 8, "query_batch": 64}, {"k": K, "shortlist": 8}),
-        ({"k": 30, "shortlist": None, "shards": 2}, {"k": 30, "shortlist": None}),
+        ({"k": 30, "shortlist": None, "weights": "tfidf"}, {"k": 30, "shortlist": None, "weights": "tfidf"}),
         (
-            {"k": K, "shortlist": 6, "within_scene": True, "weighted": False},
-            {"k": K, "shortlist": 6, "within_scene": True, "weighted": False},
+            {"k": K, "shortlist": 6, "within_scene": True, "weights": "none"},
+            {"k": K, "shortlist": 6, "within_scene": True, "weights": "none"},
         ),
     ],
-    ids=["one batch", "no shortlist", "within the scene, unweighted"],
+    ids=["one batch", "no shortlist, tfidf", "within the scene, unweighted"],
 )
 def test_pairs_are_those_of_brute_force(registered, brute, tmp_path, settings, expected):
     table = run_again(registered, tmp_path / "run", radius=brute.radius, **settings)

@@ -240,7 +240,7 @@ class EmbeddingStore:
     def select(self, names: Sequence[str] | None = None) -> Selection:
         """The live images, all or those named, in database order.
 
-        Raises `StoreError` if the store is unfinished or lacks a named image that is not quarantined.
+        Raises `StoreError` if the store is unfinished, lacks a named image that is not quarantined, or if all are.
         """
         images = self.images()
         unfinished = pc.sum(pc.equal(images["status"], catalog.PLANNED)).as_py() or 0
@@ -248,17 +248,21 @@ class EmbeddingStore:
             raise StoreError(f"the store at {self.path} lacks {unfinished or 'all'} images: run `vop embed` again")
         columns = ["image_id", "name", "scene", "scaled_width", "scaled_height", "shard", "row"]
         live = images.filter(pc.equal(images["status"], catalog.OK)).select(columns).sort_by("name")
-        if names is None:
-            return Selection(self, live)
-        wanted = pa.array(names, pa.string())
         current = images.filter(pc.is_in(images["status"], pa.array([catalog.OK, catalog.QUARANTINED])))
+        wanted = current["name"].combine_chunks() if names is None else pa.array(names, pa.string())
         absent = pc.filter(wanted, pc.invert(pc.is_in(wanted, current["name"].combine_chunks())))
         if len(absent):
             raise StoreError(
                 f"{len(absent)} images are not in the store at {self.path}, the first {absent[0].as_py()!r}: "
                 "run `vop embed` on the collection that holds them"
             )
-        return Selection(self, live.filter(pc.is_in(live["name"], wanted)))
+        chosen = live.filter(pc.is_in(live["name"], wanted))
+        if not chosen.num_rows:
+            raise StoreError(
+                f"none of {len(wanted)} images can be used: all are in quarantine, and {self.path}/images.parquet says "
+                "why in its column error"
+            )
+        return Selection(self, chosen)
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str | None:
