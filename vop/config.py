@@ -93,7 +93,7 @@ class RetrievalConfig:
     """Cosine distance within which two patches vote for each other (0.2 with an encoder unless set); null: the median
     similarity inside an image."""
     weights: str = "idf"
-    """How query patches count: idf (less where they match many images), tfidf (the paper's formula), none (all alike)."""
+    """How patches count: idf (less where they match many images), tfidf (the paper's formula) or none (all alike)."""
     mask_padding: bool = True
     """Leave out patches that lie in the letterbox padding (they vote in the original)."""
     within_scene: bool = False
@@ -120,7 +120,7 @@ class ReportConfig:
 
     queries: int = 12
     """Queries shown with their matches; 0: no report."""
-    matches: int = 5
+    matches: int = 6
     """Matches shown per query."""
 
     def __post_init__(self):

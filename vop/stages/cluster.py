@@ -16,6 +16,10 @@ import ray
 
 from vop.config import ClusterConfig
 
+# Ray Data tells on the console that its bars are off and that a dataset is done; warnings and errors stay.
+logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+
 
 @contextmanager
 def connect(cluster: ClusterConfig) -> Iterator[None]:

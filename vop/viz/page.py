@@ -8,7 +8,7 @@ from vop import catalog, files, pairs
 from vop import config as configuration
 from vop.config import Config
 from vop.datasets.posed import OverlapTruth
-from vop.image import decode
+from vop.image import ImageError, decode
 from vop.run import Run, versions
 from vop.store import EmbeddingStore, Selection
 from vop.viz.matches import Picture
@@ -59,7 +59,7 @@ def _cards(run: Run) -> list[tuple[str, str]]:
 def _shown_metrics(metrics: dict[str, float] | None) -> dict[str, float] | None:
     if metrics is None:
         return None
-    return {key: value for key, value in metrics.items() if key.startswith(("precision", "recall", "pair_recall"))}
+    return {key: metrics[key] for key in ("precision@1", "precision@5", "precision@10", "pair_recall@5", "pair_recall@10")}
 
 
 def _panels(
@@ -72,7 +72,7 @@ def _panels(
     for query, patch_weights in zip(shown["query"].to_pylist(), shown["patch_weights"].to_pylist(), strict=True):
         rows = ranked.filter(pc.equal(ranked["query"], query)).slice(0, config.report.matches).to_pylist()
         names = [query, *(row["database"] for row in rows)]
-        pictures = _pictures(run, store.select(names), names)
+        pictures = _pictures(run, store.select(names))
         matches = []
         for row in rows:
             known = query in index and row["database"] in index
@@ -82,14 +82,18 @@ def _panels(
     return panels
 
 
-def _pictures(run: Run, selection: Selection, names: list[str]) -> dict[str, Picture]:
+def _pictures(run: Run, selection: Selection) -> dict[str, Picture]:
     _, patches = selection.read()
     return {
-        name: Picture(
-            name,
-            decode(files.read_bytes(files.join(run.counts["root"], name))),
-            (int(width), int(height)),
-            patches[i].astype(np.float32),
-        )
-        for i, (name, (width, height)) in enumerate(zip(selection.names, selection.scaled_sizes, strict=True))
+        name: Picture(name, _photograph(run, name, scaled), scaled, patches[i].astype(np.float32))
+        for i, (name, scaled) in enumerate(zip(selection.names, map(tuple, selection.scaled_sizes.tolist()), strict=True))
     }
+
+
+def _photograph(run: Run, name: str, scaled_size: tuple[int, int]) -> np.ndarray:
+    """The image file as RGB; plain grey where it is no longer there, as of an imported store."""
+    try:
+        return decode(files.read_bytes(files.join(run.counts["root"], name)))
+    except (OSError, ImageError):
+        width, height = scaled_size
+        return np.full((height, width, 3), 200, np.uint8)

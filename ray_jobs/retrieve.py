@@ -1,0 +1,15 @@
+r"""Rank the database images of every query, as a job on a Ray cluster.
+
+    ray job submit --address http://HEAD:8265 --working-dir . \
+        -- python ray_jobs/retrieve.py queries=/data/phone database=/data/map output=/data/run
+
+Takes what `vop retrieve` takes, config files included. Paths are URIs, or absolute on a file system that every node mounts.
+The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+"""
+
+import sys
+
+from vop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["retrieve", "cluster.address=auto", *sys.argv[1:]]))

@@ -1,0 +1,125 @@
+"""Real processes, killed without warning in the middle; the next run finishes the work and leaves the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vop import config, pipeline
+from vop.parts import Parts
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 200
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc"),
+    pytest.mark.usefixtures("local_ray"),
+]
+
+
+def asked(images: Path, output: Path, store: Path | None = None) -> config.Config:
+    return config.load(
+        images=str(images),
+        output=str(output),
+        store=None if store is None else str(store),
+        embedding={"shard_size": 2, "batch_size": 2, "encoders": 1},
+        retrieval={"query_batch": 1, "shards": 2},
+        report={"queries": 0},
+        cluster={"cpus": 4, "object_store_gb": 0.4},
+    )
+
+
+def kill_when(happened, command: str, told: config.Config, folder: Path) -> None:
+    """Run a command of vop on a Ray of its own; end everything it started by SIGKILL as soon as `happened()`."""
+    (folder / "asked.yaml").write_text(config.to_yaml(told))
+    arguments = [sys.executable, "-m", "vop.cli", command, "--config", str(folder / "asked.yaml")]
+    log = folder / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"nothing happened that could be interrupted:\n{log.read_text()}"
+            time.sleep(0.001)
+    finally:
+        kill_session(process.pid)
+        process.wait()
+
+
+def kill_session(leader: int) -> None:
+    """Kill a process and all that it started, Ray's workers too: they have groups of their own, but its session."""
+    while members := session(leader):
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def session(leader: int) -> list[int]:
+    """Living processes of a session, the leader first."""
+    found = []
+    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with suppress(OSError):
+            dead = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            if os.getsid(pid) == leader and not dead:
+                found.append(pid)
+    return found
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rendered_collection, tmp_path_factory):
+    """Run directory of a register that nothing interrupted."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    pipeline.register(asked(rendered_collection, output))
+    return output
+
+
+def test_a_killed_embedding_continues_and_leaves_the_same_bytes(rendered_collection, undisturbed, tmp_path):
+    told = asked(rendered_collection, tmp_path / "run")
+    store = tmp_path / "run" / "store"
+    kill_when(lambda: any(store.glob("shard-*.json")), "embed", told, tmp_path)
+    done = {path.stem for path in store.glob("shard-*.json")}
+    assert 1 <= len(done) < 12
+    (store / ".shard-00011.parquet.0badcafe.tmp").write_bytes(b"what a kill in the middle of a shard leaves")
+
+    written = {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.iterdir() if path.stem in done
+    }
+    job = pipeline.embed(told)
+    assert job.counts["images"] == 24
+    assert job.counts["embedded_now"] == 24 - 2 * len(done)
+    assert {name: ((store / name).stat().st_ino, (store / name).stat().st_mtime_ns) for name in written} == written
+    assert bytes_of(store) == bytes_of(undisturbed / "store")
+
+
+def test_a_killed_search_continues_and_leaves_the_same_pairs(
+    rendered_collection, undisturbed, tmp_path, monkeypatch
+):
+    output = tmp_path / "run"
+    told = asked(rendered_collection, output, undisturbed / "store")
+    kill_when(lambda: any(output.glob("parts-*/[0-9]*.parquet")), "register", told, tmp_path)
+    done = {int(path.stem) for path in output.glob("parts-*/[0-9]*.parquet")}
+    assert 1 <= len(done) < 24
+
+    searched = []
+    write = Parts.write
+    monkeypatch.setattr(Parts, "write", lambda self, number, table: searched.append(number) or write(self, number, table))
+    job = pipeline.register(told)
+    assert job.counts["embedded_now"] == 0
+    assert sorted(searched) == sorted({*range(24)} - done)
+    assert {path.name for path in output.iterdir()} == {
+        *("config.yaml", "run.json", "pairs.parquet", "pairs.txt", "patch_weights.parquet"),
+    }
+    for name in ("pairs.parquet", "pairs.txt", "patch_weights.parquet"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
