@@ -211,18 +211,19 @@ def in_process(function, *arguments, memory: bool = False):
     return answer, watch.peak
 
 
-def prepare(folder: Path, count: int, answer) -> None:
-    """Render the files that are missing."""
+def rendered_images(folder: Path, count: int) -> list[str]:
+    """Paths of rendered images; those that are missing are rendered."""
     from vop import files
     from vop.datasets import rendered
     from vop.image import to_jpeg
 
-    scene = rendered.scene_for(count)
+    scene, paths = rendered.scene_for(count), []
     for index in range(count):
-        if not (folder / f"{index:04d}.jpg").exists():
-            frame = rendered.render_frame(scene, index)
-            files.write_bytes(folder / frame.name, to_jpeg(frame.image, rendered.QUALITY))
-    answer.send(None)
+        path = folder / f"{index:04d}.jpg"
+        if not path.exists():
+            files.write_bytes(path, to_jpeg(rendered.render_frame(scene, index).image, rendered.QUALITY))
+        paths.append(str(path))
+    return paths
 
 
 def calibrate_once(config, answer) -> None:
@@ -320,9 +321,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = (options.images_dir or folder / "images").absolute()
-        count = max(options.images, options.vits_images)
-        in_process(prepare, images, count)
-        files = [str(images / f"{index:04d}.jpg") for index in range(count)]
+        files = rendered_images(images, max(options.images, options.vits_images))
         chosen = [("xfeat", None, options.images)]
         if options.vits.exists():
             chosen.append(("dinov2_vits14", str(options.vits), options.vits_images))

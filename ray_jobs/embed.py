@@ -3,7 +3,7 @@ r"""Bring a store of descriptors up to date with a collection, as a job on a Ray
     ray job submit --address http://HEAD:8265 --working-dir . \
         -- python ray_jobs/embed.py images=/data/photos output=/data/run
 
-Takes what `vop embed` takes, config files included. Paths are URIs, or absolute on a file system that every node mounts.
+Takes what `vop embed` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
 The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
 """
 

@@ -3,7 +3,7 @@ r"""Pair every image of a collection with those that see the same thing, as a jo
     ray job submit --address http://HEAD:8265 --working-dir . \
         -- python ray_jobs/register.py images=/data/photos output=/data/run
 
-Takes what `vop register` takes, config files included. Paths are URIs, or absolute on a file system that every node mounts.
+Takes what `vop register` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
 The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
 """
 

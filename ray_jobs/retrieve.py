@@ -3,7 +3,7 @@ r"""Rank the database images of every query, as a job on a Ray cluster.
     ray job submit --address http://HEAD:8265 --working-dir . \
         -- python ray_jobs/retrieve.py queries=/data/phone database=/data/map output=/data/run
 
-Takes what `vop retrieve` takes, config files included. Paths are URIs, or absolute on a file system that every node mounts.
+Takes what `vop retrieve` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
 The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
 """
 

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+import vop
 from vop import cli, config
 
 
@@ -27,16 +28,29 @@ def test_help_names_every_command_and_every_key(capsys):
         for key, meaning, _ in config.documented():
             assert f"  {key}=" in out, key
             assert meaning in out, key
-        assert "  retrieval.k=20\n" in out
-        assert "  embedding.whiten=null\n" in out
-        assert "  retrieval.weighted=true\n" in out
+        assert f"  retrieval.k={config.Config().retrieval.k}\n" in out
+        assert "  cluster.cpus=null\n" in out
+        assert "  retrieval.mask_padding=true\n" in out
 
 
-def test_every_command_has_a_function():
+def test_every_command_is_a_function_of_the_package():
     from vop import pipeline
 
     for command in cli.COMMANDS:
-        assert callable(getattr(pipeline, command.replace("-", "_"))), command
+        name = command.replace("-", "_")
+        assert callable(getattr(pipeline, name)), command
+        assert f"vop {command}" in getattr(vop, name).__doc__
+
+
+def test_the_functions_take_files_and_the_same_keys(tmp_path):
+    (tmp_path / "a.yaml").write_text("retrieval: {k: 0}\n")
+    for files in (str(tmp_path / "a.yaml"), [str(tmp_path / "a.yaml")]):
+        with pytest.raises(config.ConfigError, match=r"retrieval\.k is 0"):
+            vop.register(config=files, images="photos")
+        with pytest.raises(config.ConfigError, match=r"report\.matches is 0"):  # the file's k is overruled
+            vop.register(config=files, retrieval={"k": 1}, report={"matches": 0})
+    with pytest.raises(config.ConfigError, match="did you mean 'images'"):
+        vop.embed(imges="photos")
 
 
 def test_a_dry_run_prints_what_would_run_and_loads_back(capsys, tmp_path):
@@ -124,6 +138,9 @@ def test_a_report_of_no_run_says_so(capsys, tmp_path):
 
 
 def test_as_a_program_a_dry_run_needs_neither_ray_nor_torch():
-    code = "import sys; from vop import cli; cli.main(['embed', '--dry-run']); print({'ray', 'torch', 'faiss'} & {*sys.modules})"
+    code = (
+        "import sys; from vop import cli; cli.main(['embed', '--dry-run']); "
+        "print({'ray', 'torch', 'faiss'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

@@ -112,6 +112,16 @@ def test_bounds(key, bad, good):
             load([], [f"{key}={value}"])
 
 
+def test_an_encoder_brings_its_own_defaults(tmp_path):
+    plain, trained = load(), load(encoder="e")
+    assert plain.embedding.whiten is not None
+    assert (trained.embedding.whiten, trained.retrieval.radius) == (None, 0.2)
+    assert load([write(tmp_path / "a.yaml", "retrieval: {radius: 0.4}")], encoder="e").retrieval.radius == 0.4
+    assert load([write(tmp_path / "b.yaml", "encoder: e")]).retrieval.radius == 0.2
+    assert load([], ["encoder=null"], encoder="e") == plain
+    assert load([write(tmp_path / "c.yaml", to_yaml(trained))]) == trained
+
+
 def test_an_encoder_excludes_a_whitening():
     with pytest.raises(ConfigError, match="whiten"):
         load([], ["encoder=e", "embedding.whiten=64"])
@@ -182,6 +192,7 @@ def test_every_key_has_a_meaning_and_its_default():
     known = {key: (meaning, default) for key, meaning, default in documented()}
     assert list(known) == list(leaves(Config)) == list(KEYS)
     assert [key for key, (meaning, _) in known.items() if len(meaning) < 15 or not meaning.endswith(".")] == []
+    assert [key for key, (meaning, _) in known.items() if "\n" in meaning or "  " in meaning] == []
     for key, (_, default) in known.items():
         value = Config()
         for part in key.split("."):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from bad_images import write_zoo
 
+import vop
 from vop import config, pairs, pipeline
 from vop.catalog import TooManyBadImagesError
 from vop.datasets.posed import OverlapTruth, read_overlap, write_overlap
@@ -41,10 +42,9 @@ def photos(rendered_collection, tmp_path_factory):
 def registered(photos, tmp_path_factory):
     """(config, run) of a collection registered with the defaults."""
     output = tmp_path_factory.mktemp("registered") / "run"
-    asked = config.load(
-        images=str(photos), truth=str(photos), output=str(output), embedding=EMBEDDING, report={"queries": 3}
-    )
-    return asked, pipeline.register(asked)
+    values = {"images": str(photos), "truth": str(photos), "embedding": EMBEDDING, "report": {"queries": 3}}
+    job = vop.register(output=str(output), **values)
+    return config.load(output=str(output), **values), job
 
 
 @pytest.fixture(scope="module")
@@ -359,13 +359,13 @@ def test_bad_images_end_the_job_or_go_to_quarantine(tmp_path):
     bad = {name: reason for name, reason in expected.items() if reason != "ok"}
     asked = {
         "images": str(tmp_path / "zoo"), "output": str(tmp_path / "run"), "report": WITHOUT_REPORT,
-        "embedding": EMBEDDING | {"shard_size": 20},
     }  # fmt: skip
     with pytest.raises(TooManyBadImagesError, match=rf"of {len(expected)} images .*max_bad_fraction=0\.1"):
-        pipeline.register(config.load(**asked))
+        vop.embed(**asked, embedding=EMBEDDING | {"shard_size": 20})
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "failed"
 
-    job = pipeline.register(config.load([], ["embedding.max_bad_fraction=1"], **asked))
+    asked["embedding"] = EMBEDDING | {"max_bad_fraction": 1.0}
+    job = vop.register(**asked)
     assert job.counts["images"] == len(expected) - len(bad)
     assert job.counts["quarantined"] == len(bad)
     assert job.counts["embedded_now"] < len(expected)  # what was done before the failure is kept
@@ -386,9 +386,8 @@ def test_bad_images_end_the_job_or_go_to_quarantine(tmp_path):
     assert {*paired["query"].to_pylist(), *paired["database"].to_pylist()} <= set(expected) - set(bad)
 
     (tmp_path / "bad.txt").write_text("".join(f"{tmp_path}/zoo/{name}\n" for name in bad))
-    only_bad = config.load([], ["embedding.max_bad_fraction=1"], **asked | {"queries": str(tmp_path / "bad.txt")})
     with pytest.raises(StoreError, match=f"none of {len(bad)} images can be used"):
-        pipeline.retrieve(only_bad)
+        vop.retrieve(**asked, queries=str(tmp_path / "bad.txt"))
 
 
 def test_a_collection_without_any_good_image_says_why(tmp_path):
@@ -396,7 +395,7 @@ def test_a_collection_without_any_good_image_says_why(tmp_path):
     for i in range(3):
         (tmp_path / "photos" / f"{i}.jpg").write_bytes(b"")
     asked = config.load(images=str(tmp_path / "photos"), output=str(tmp_path / "run"), embedding=EMBEDDING)
-    with pytest.raises(ImageError, match="none of 3 sampled images can be read.*empty file"):
+    with pytest.raises(ImageError, match=r"none of 3 sampled images can be read.*empty file"):
         pipeline.embed(asked)
 
 

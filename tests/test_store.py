@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vop import catalog
+from vop import catalog, files
 from vop.store import EmbeddingStore, StoreError, tensor_column
 
 P, E, G, D = 4, 3, 5, 6
@@ -129,6 +130,11 @@ def test_an_image_that_was_removed_is_not_in_the_store(store):
         store.select(["a.jpg", "m.jpg"])
 
 
+def test_a_store_of_bad_images_alone_is_refused(store):
+    with pytest.raises(StoreError, match="none of 1 images can be used: all are in quarantine"):
+        store.select(["bad.jpg"])
+
+
 def test_an_unfinished_store_is_refused(store, tmp_path):
     images = store.images().to_pylist()
     images[1]["status"] = catalog.PLANNED
@@ -215,7 +221,7 @@ def test_a_store_without_calibration_has_none(tmp_path):
 
 def test_no_store_a_broken_one_and_one_of_another_format(tmp_path):
     assert not EmbeddingStore.exists(str(tmp_path))
-    with pytest.raises(StoreError, match="no store at .*run `vop embed` first"):
+    with pytest.raises(StoreError, match=r"no store at .*run `vop embed` first"):
         EmbeddingStore.open(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": "vop-sto')
     assert EmbeddingStore.exists(str(tmp_path))
@@ -224,6 +230,19 @@ def test_no_store_a_broken_one_and_one_of_another_format(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "vop-store-9"}')
     with pytest.raises(StoreError, match="'vop-store-9'; this version of vop reads vop-store-1"):
         EmbeddingStore.open(str(tmp_path))
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(store, tmp_path):
+    folder = tmp_path / "store"
+    (folder / "notes.tmp").touch()
+    before = sorted(path.name for path in folder.iterdir())
+    with files.atomic(folder / "shard-00002.parquet") as (_, inner):
+        temporary = Path(inner)
+        temporary.touch()
+    temporary.touch()  # as if the process had ended before the rename
+    (folder / "shard-00002.parquet").unlink()
+    store.remove_leftovers()
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_the_same_content_gives_the_same_bytes(store, tmp_path):

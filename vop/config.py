@@ -306,7 +306,7 @@ def documented(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, s
     """(key, what it means, default) of every field, nested ones as `section.key`."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(schema))).body[0].body
     docs = {
-        node.target.id: ast.literal_eval(following.value)
+        node.target.id: " ".join(ast.literal_eval(following.value).split())
         for node, following in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr)
     }

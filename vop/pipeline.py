@@ -121,6 +121,8 @@ def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
                                lambda name: hash_file(paths[name]))  # fmt: skip
         store.write_images(planned.images)
         pending = catalog.pending(planned.images, receipts)
+        if pending:
+            store.remove_leftovers()
         guard = catalog.BadImages(planned.images, receipts, config.embedding.max_bad_fraction)
     total = planned.images.num_rows
     waiting = sum(shard.num_rows for shard in pending.values())

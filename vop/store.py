@@ -215,6 +215,12 @@ class EmbeddingStore:
         files.write_json(files.join(self.path, f"{shard_name(number)}.json"), receipt)
         return receipt
 
+    def remove_leftovers(self) -> None:
+        """Delete the half-written files of a killed run: their names are never used again."""
+        for name in files.listing(self.path):
+            if name.startswith(".") and name.endswith(".tmp"):
+                files.remove(files.join(self.path, name))
+
     def read_shard(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Columns of a shard. Raises `StoreError` if the file is missing or is not whole Parquet."""
         filesystem, inner = files.resolve(files.join(self.path, f"{shard_name(number)}.parquet"))

@@ -42,23 +42,25 @@ def embed_shards(config: Config, store: EmbeddingStore, shards: dict[int, pa.Tab
 def _dataset(config: Config, store: EmbeddingStore, shards: dict[int, pa.Table]) -> ray.data.Dataset:
     gpu = _gpus_per_encoder(config)
     encoders = min(_encoders(config, gpu), len(shards))
-    # Model replicas on CPUs ask for half of the cores together: decoding always finds a free one, and the request
-    # differs from decoding's, without which Ray Data would fuse both and decode inside the model's process.
-    cpus = 1 if gpu else round(min(0.9, 0.5 * cluster.cpus() / encoders), 2)
+    # Logical CPUs only order who may start: the replicas ask for less than half together, so that decoding and writing
+    # always find room, on one CPU too; and they ask for another number than decoding does, or Ray Data would fuse both
+    # and decode inside the model's process.
+    replica = round(min(0.9, 0.4 * cluster.cpus() / encoders), 3)
+    decoding = min(1, 0.5 * cluster.cpus())
     shard = {"batch_size": None, "batch_format": "pyarrow"}
     embedding = config.embedding
     return (
         ray.data.from_arrow([shards[number] for number in sorted(shards)])
-        .map_batches(decode_shard, fn_args=(embedding.image_size, embedding.max_pixels), num_cpus=1, **shard)
+        .map_batches(decode_shard, fn_args=(embedding.image_size, embedding.max_pixels), num_cpus=decoding, **shard)
         .map_batches(
             Embedder,
             fn_constructor_args=(config, store),
             compute=ray.data.ActorPoolStrategy(size=encoders),
-            num_cpus=cpus,
+            num_cpus=replica,
             num_gpus=gpu,
             **shard,
         )
-        .map_batches(ShardWriter(store), num_cpus=0.5, **shard)
+        .map_batches(ShardWriter(store), num_cpus=0.1, **shard)
     )
 
 

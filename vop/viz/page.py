@@ -59,7 +59,8 @@ def _cards(run: Run) -> list[tuple[str, str]]:
 def _shown_metrics(metrics: dict[str, float] | None) -> dict[str, float] | None:
     if metrics is None:
         return None
-    return {key: metrics[key] for key in ("precision@1", "precision@5", "precision@10", "pair_recall@5", "pair_recall@10")}
+    shown = ("precision@1", "precision@5", "precision@10", "pair_recall@5", "pair_recall@10")
+    return {key: metrics[key] for key in shown}
 
 
 def _panels(
@@ -84,9 +85,10 @@ def _panels(
 
 def _pictures(run: Run, selection: Selection) -> dict[str, Picture]:
     _, patches = selection.read()
+    sizes = map(tuple, selection.scaled_sizes.tolist())
     return {
-        name: Picture(name, _photograph(run, name, scaled), scaled, patches[i].astype(np.float32))
-        for i, (name, scaled) in enumerate(zip(selection.names, map(tuple, selection.scaled_sizes.tolist()), strict=True))
+        name: Picture(name, _photograph(run, name, size), size, values.astype(np.float32))
+        for name, size, values in zip(selection.names, sizes, patches, strict=True)
     }
 
 
