@@ -8,7 +8,7 @@ from vop import catalog, files, hdf5, pairs, run
 from vop import config as configuration
 from vop.config import Config, ConfigError
 from vop.datasets import rendered
-from vop.datasets.image_sets import ImageSets, open_image_sets
+from vop.datasets.image_sets import ImageSets, open_image_sets, read_names
 from vop.datasets.posed import CAMERAS, PosedFolder, overlap_truth
 from vop.embedding import hash_file
 from vop.evaluation import evaluate
@@ -31,12 +31,15 @@ def embed(config: Config) -> Run:
 
 
 def register(config: Config) -> Run:
-    """Pair every image of a collection with those that see the same thing."""
-    if config.images is None:
-        raise ConfigError("register needs images=FOLDER (or a glob pattern, or a list file)")
+    """Pair every image of a collection, or of a store that has no images at hand, with those that see the same."""
+    if config.images is None and not EmbeddingStore.exists(config.store_path):
+        raise ConfigError("register needs images=FOLDER (or a glob pattern, or a list file), or the store=DIR of a run")
     with run.start(config, "register") as job, cluster.connect(config.cluster):
-        sets = open_image_sets(config)
-        everything = _embedded(config, job, sets).select(sets.names)
+        if config.images is None:
+            everything = _as_stored(config, job).select()
+        else:
+            sets = open_image_sets(config)
+            everything = _embedded(config, job, sets).select(sets.names)
         _paired(config, job, everything, everything)
         _judged(config, job, everything, everything)
     return job
@@ -47,9 +50,12 @@ def retrieve(config: Config) -> Run:
     if config.queries is None or (config.database is None and config.images is None):
         raise ConfigError("retrieve needs queries=FOLDER and database=FOLDER (folders, glob patterns or list files)")
     with run.start(config, "retrieve") as job, cluster.connect(config.cluster):
-        sets = open_image_sets(config)
-        store = _embedded(config, job, sets)
-        queries, database = store.select(sets.queries), store.select(sets.database)
+        if config.images is None and EmbeddingStore.is_imported(config.store_path):
+            store, names = _as_stored(config, job), map(read_names, (config.queries, config.database))
+        else:
+            sets = open_image_sets(config)
+            store, names = _embedded(config, job, sets), (sets.queries, sets.database)
+        queries, database = map(store.select, names)
         _paired(config, job, queries, database)
         _judged(config, job, queries, database)
     return job
@@ -137,6 +143,16 @@ def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
         store.write_images(images)
     job.counts |= catalog.summary(images, planned) | {"embedded_now": waiting, "skipped": sets.skipped}
     job.counts |= {"root": sets.root, "store": store.path}
+    job.quarantined = list(catalog.quarantined(images))
+    return store
+
+
+def _as_stored(config: Config, job: Run) -> EmbeddingStore:
+    """A store as it is, without a look at images: imported, or of photographs that lie elsewhere."""
+    store = EmbeddingStore.open(config.store_path)
+    images = store.images()
+    job.counts |= catalog.summary(images, catalog.Plan(images, 0, 0, [])) | {"embedded_now": 0, "skipped": {}}
+    job.counts |= {"root": "", "store": store.path}
     job.quarantined = list(catalog.quarantined(images))
     return store
 

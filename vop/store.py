@@ -143,6 +143,11 @@ class EmbeddingStore:
         """Whether a store was started at this path."""
         return files.exists(files.join(path, "manifest.json"))
 
+    @classmethod
+    def is_imported(cls, path: str) -> bool:
+        """Whether a store is there whose descriptors came from a file, so that its images may be nowhere at hand."""
+        return cls.exists(path) and cls.open(path).manifest["features"]["backbone"]["name"] == "imported"
+
     def check_features(self, features: dict) -> None:
         """Refuse to mix descriptors: raise `StoreError` naming both sides of every difference."""
         found, asked = _flat(self.manifest["features"]), _flat(features)

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import pyarrow as pa
 
+from vop import files
 from vop.config import Config, ConfigError
 from vop.datasets.folder import Collection, ImageFile, below, common_folder, list_images
 
@@ -57,3 +58,9 @@ def _merged(root: str, everything: Collection | None, queries: Collection, datab
         skipped.update(part.skipped)
     names = (tuple(image.name for image in part.images) for part in (queries, database))
     return ImageSets(root, tuple(images[name] for name in sorted(images)), *names, dict(skipped))
+
+
+def read_names(path: str) -> list[str]:
+    """The names in a list file, one per line, as a store knows them; no file of that name is looked for."""
+    lines = files.read_bytes(path).decode().splitlines()
+    return [line.strip() for line in lines if line.strip()]

@@ -25,7 +25,7 @@ def write_page(config: Config, run: Run, truth: OverlapTruth | None) -> str:
     best = pairs.best_scores(ranked)
     scores = ranked["weighted"].to_numpy()
     report = Report(
-        title=f"vop {run.command}: {run.counts['root'].rstrip('/').rpartition('/')[2]}",
+        title=f"vop {run.command}: {(run.counts['root'] or run.counts['store']).rstrip('/').rpartition('/')[2]}",
         radius=run.counts["radius"],
         summary=_cards(run),
         panels=_panels(config, run, store, ranked, truth),
