@@ -241,7 +241,8 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(store, tmp_path)
         temporary.touch()
     temporary.touch()  # as if the process had ended before the rename
     (folder / "shard-00002.parquet").unlink()
-    store.remove_leftovers()
+    listed = pa.table({"name": ["new.jpg"], "scene": [""], "size": [1], "modified_ns": [1]})
+    store.plan(listed, 8, False, lambda name: None)
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

@@ -190,21 +190,16 @@ class FeatureFile:
         Returns the catalog as finished and what was planned, and how many images this call imported. Raises
         `TooManyBadImagesError` if more than that share is quarantined.
         """
-        planned = catalog.plan(store.images(), self.listing(), shard_size, False, lambda name: None)
-        store.write_images(planned.images)
-        receipts, total = store.receipts(), planned.images.num_rows
-        pending = catalog.pending(planned.images, receipts)
-        waiting = sum(shard.num_rows for shard in pending.values())
-        guard = catalog.BadImages(planned.images, receipts, max_bad_fraction)
+        planned, pending = store.plan(self.listing(), shard_size, False, lambda name: None)
+        total, waiting = planned.images.num_rows, sum(shard.num_rows for shard in pending.values())
+        guard = catalog.BadImages(planned.images, store.receipts(), max_bad_fraction)
         guard.add(0)
         with progress("import", total, total - waiting, "images") as bar:
             for number, shard in pending.items():
                 receipt = store.write_shard(number, *self.read(shard))
                 bar.update(receipt["rows"])
                 guard.add(len(receipt["quarantined"]))
-        images = catalog.finish(planned.images, store.receipts(), store.shard_facts)
-        store.write_images(images)
-        return dataclasses.replace(planned, images=images), waiting
+        return dataclasses.replace(planned, images=store.finish()), waiting
 
     def _image(self, group: h5py.Group) -> tuple[dict, np.ndarray, np.ndarray]:
         """Sizes, global descriptor (G,) and unit patches (P, D) of an image. Raises `H5Error`, without its name."""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from vop import files
@@ -41,5 +42,8 @@ class Parts:
             yield pq.read_table(inner, filesystem=filesystem, partitioning=None)
 
     def remove(self) -> None:
-        """Delete the parts, once what they make up is written."""
-        files.remove(self.path)
+        """Delete the parts once what they make up is written, and those that runs with other inputs left."""
+        filesystem, inner = files.resolve(self.directory)
+        for info in filesystem.get_file_info(pafs.FileSelector(inner)):
+            if info.base_name.startswith("parts-") and info.type == pafs.FileType.Directory:
+                filesystem.delete_dir(info.path)

@@ -73,6 +73,8 @@ def report(config: Config) -> Run:
     recorded = configuration.load([files.join(config.output, "config.yaml")])
     recorded = dataclasses.replace(recorded, output=config.output, report=config.report)
     job = Run.read(config.output)
+    if "pairs" not in job.counts:
+        raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")
     job.report = write_page(recorded, job, None if recorded.truth is None else overlap_truth(recorded.truth))
     return job
 
@@ -121,15 +123,10 @@ def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
         store = _opened(config, listing)
     with job.step("plan"):
         paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
-        receipts = store.receipts()
-        known = catalog.finish(store.images(), receipts, store.shard_facts)  # what a killed run left to be noted
-        planned = catalog.plan(known, listing, config.embedding.shard_size, config.embedding.prune,
-                               lambda name: hash_file(paths[name]))  # fmt: skip
-        store.write_images(planned.images)
-        pending = catalog.pending(planned.images, receipts)
-        if pending:
-            store.remove_leftovers()
-        guard = catalog.BadImages(planned.images, receipts, config.embedding.max_bad_fraction)
+        planned, pending = store.plan(
+            listing, config.embedding.shard_size, config.embedding.prune, lambda name: hash_file(paths[name])
+        )
+        guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
     total = planned.images.num_rows
     waiting = sum(shard.num_rows for shard in pending.values())
     with job.step("embed"), progress("embed", total, total - waiting, "images") as bar:
@@ -139,8 +136,7 @@ def _embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
             bar.update(written["ok"] + written["quarantined"])
             guard.add(written["quarantined"])
     with job.step("finish store"):
-        images = catalog.finish(planned.images, store.receipts(), store.shard_facts)
-        store.write_images(images)
+        images = store.finish()
     job.counts |= catalog.summary(images, planned) | {"embedded_now": waiting, "skipped": sets.skipped}
     job.counts |= {"root": sets.root, "store": store.path}
     job.quarantined = list(catalog.quarantined(images))
@@ -190,6 +186,8 @@ def _paired(config: Config, job: Run, queries: Selection, database: Selection) -
 def _judged(config: Config, job: Run, queries: Selection, database: Selection) -> None:
     """metrics.json where the truth is known, and report.html."""
     with job.step("evaluate and report"):
+        for stale in ("metrics.json", "report.html"):  # of another run in the same directory
+            files.remove(job.path(stale))
         truth = None if config.truth is None else overlap_truth(config.truth)
         if truth is not None:
             job.metrics = evaluate(job.path("pairs.parquet"), truth, config.min_overlap, queries.names, database.names)

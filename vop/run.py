@@ -87,7 +87,8 @@ class Run:
         lines += self._judgement()
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
         lines.append(f"  seconds      {steps}")
-        lines.append(f"  output       {self.output}")
+        if self.command != "export-h5":
+            lines.append(f"  output       {self.output}")
         if self.report:
             lines.append(f"  report       {self.report}")
         return "\n".join(lines)

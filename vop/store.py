@@ -13,7 +13,7 @@ order of runs, so that a killed and repeated run leaves the same bytes as an und
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -220,11 +220,30 @@ class EmbeddingStore:
         files.write_json(files.join(self.path, f"{shard_name(number)}.json"), receipt)
         return receipt
 
-    def remove_leftovers(self) -> None:
-        """Delete the half-written files of a killed run: their names are never used again."""
-        for name in files.listing(self.path):
-            if name.startswith(".") and name.endswith(".tmp"):
-                files.remove(files.join(self.path, name))
+    def plan(
+        self, listed: pa.Table, shard_size: int, prune: bool, content: Callable[[str], str | None]
+    ) -> tuple[catalog.Plan, dict[int, pa.Table]]:
+        """Plan a listing into the catalog and write it; returns the plan and the images of every shard to be written.
+
+        Arguments as of `catalog.plan`. What a killed run left is taken up first: finished shards are noted, their
+        images compared with the listing, and half-written files deleted.
+        """
+        receipts = self.receipts()
+        known = catalog.finish(self.images(), receipts, self.shard_facts)
+        planned = catalog.plan(known, listed, shard_size, prune, content)
+        self.write_images(planned.images)
+        pending = catalog.pending(planned.images, receipts)
+        if pending:
+            for name in files.listing(self.path):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    files.remove(files.join(self.path, name))
+        return planned, pending
+
+    def finish(self) -> pa.Table:
+        """Note in the catalog what became of the planned images; returns it."""
+        images = catalog.finish(self.images(), self.receipts(), self.shard_facts)
+        self.write_images(images)
+        return images
 
     def read_shard(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Columns of a shard. Raises `StoreError` if the file is missing or is not whole Parquet."""

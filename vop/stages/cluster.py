@@ -30,23 +30,32 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if cluster.address is None:
-        os.environ.pop("RAY_ADDRESS", None)  # one left in the shell would send the job elsewhere
-        memory = cluster.object_store_gb
-        ray.init(
-            address="local",
-            num_cpus=cluster.cpus,
-            object_store_memory=int(memory * 1e9) if memory else None,
-            include_dashboard=False,
-            **quiet,
-        )
-    else:
-        ray.init(address=cluster.address, **quiet)
+    _start(cluster)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(cluster: ClusterConfig) -> None:
+    options = {"address": cluster.address, "logging_level": logging.ERROR, "log_to_driver": False}
+    if cluster.address is None:
+        os.environ.pop("RAY_ADDRESS", None)  # one left in the shell would send the job elsewhere
+        memory = cluster.object_store_gb
+        options |= {
+            "address": "local",
+            "num_cpus": cluster.cpus,
+            "object_store_memory": int(memory * 1e9) if memory else None,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises bare exceptions here
+        where = "on this machine" if cluster.address is None else f"at {cluster.address}"
+        raise RuntimeError(
+            f"Ray did not start {where}: {error}. A very busy machine or too little shared memory (see "
+            "cluster.object_store_gb), or no cluster at that address"
+        ) from error
 
 
 def cpus() -> int:
