@@ -127,9 +127,13 @@ def sample(listed: pa.Table, count: int) -> pa.Table:
 
 
 def located(shard: pa.Table, paths: Mapping[str, str], root: str) -> pa.Table:
-    """image_id, name, path, shard of a planned shard: an image that is gone keeps the path where it was looked for."""
-    where = [paths.get(name, f"{root}/{name}") for name in shard["name"].to_pylist()]
-    return shard.select(["image_id", "name", "shard"]).append_column("path", pa.array(where, pa.string()))
+    """image_id, name, path, shard, shard_rows of a planned shard, as workers need it.
+
+    An image that is gone keeps the path where it was looked for. `shard_rows` lets the writer see that it has them all.
+    """
+    where = pa.array([paths.get(name, f"{root}/{name}") for name in shard["name"].to_pylist()], pa.string())
+    located = shard.select(["image_id", "name", "shard"]).append_column("path", where)
+    return located.append_column("shard_rows", pa.array(np.full(shard.num_rows, shard.num_rows)))
 
 
 class TooManyBadImagesError(RuntimeError):
