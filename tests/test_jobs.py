@@ -53,8 +53,8 @@ def head(tmp_path_factory):
 
 
 def submit(head: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [RAY, "job", "submit", "--address", head, "--working-dir", ROOT / "ray_jobs", "--", sys.executable, script]
-    return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    command = [RAY, "job", "submit", "--address", head, "--working-dir", ROOT / "ray_jobs", "--", sys.executable]
+    return subprocess.run([*command, script, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
