@@ -306,6 +306,6 @@ def test_a_planned_shard_finds_its_files():
     (shard,) = catalog.pending(work.images, {}).values()
     located = catalog.located(shard, {"a.jpg": "/elsewhere/a.jpg"}, "/root")
     assert located.to_pylist() == [
-        {"image_id": 0, "name": "a.jpg", "shard": 0, "path": "/elsewhere/a.jpg"},
-        {"image_id": 1, "name": "b.jpg", "shard": 0, "path": "/root/b.jpg"},
+        {"image_id": 0, "name": "a.jpg", "shard": 0, "path": "/elsewhere/a.jpg", "shard_rows": 2},
+        {"image_id": 1, "name": "b.jpg", "shard": 0, "path": "/root/b.jpg", "shard_rows": 2},
     ]
