@@ -78,8 +78,8 @@ class Change:
 
     On the stored image, values in [0, 1]: to linear light (power 2.2); exposure times 2^u, u in [-1, 1]; colour
     temperature, red times 2^t and blue times 2^-t, t in [-0.3, 0.3]; clipped; back by power 1 / 2.2; contrast c in
-    [0.7, 1.3] about 0.5; Gaussian blur of deviation 0.5 to 1.5 pixels; Gaussian noise of deviation 2 to 8 in 255 for each value;
-    clipped, rounded, JPEG of quality 30 to 70 (OpenCV).
+    [0.7, 1.3] about 0.5; Gaussian blur of deviation 0.5 to 1.5 pixels; Gaussian noise of deviation 2 to 8 in 255 for
+    each value; clipped, rounded, JPEG of quality 30 to 70 (OpenCV).
     """
 
     row: int

@@ -9,7 +9,7 @@ PART = pairs.SCHEMA.append(pa.field("patch_weights", pa.list_(pa.float32())))
 
 
 def part(*rows):
-    """A part of `write_all`'s input from (query, database, rank, score, weighted, listed rank and score, weights)."""
+    """A part of `write`'s input from (query, database, rank, score, weighted, listed rank and score, weights)."""
     columns = zip(*rows, strict=True) if rows else [[]] * len(PART)
     return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, PART, strict=True)], schema=PART)
 
@@ -23,11 +23,18 @@ def parts():
     yield part(("c.jpg", "a/1.jpg", 0, 1.0, 0.5, None, None, None))
 
 
+def write(folder, read, names):
+    assert pairs.written(str(folder)) is None
+    pairs.write(str(folder), "f00d", read)
+    return pairs.finish(str(folder), names)
+
+
 NAMES = ["a/1.jpg", "b/1.jpg", "b/2.jpg", "c.jpg", "d.jpg"]
 
 
 def test_everything_written_comes_back(tmp_path):
-    counts = pairs.write_all(str(tmp_path), parts, NAMES)
+    counts = write(tmp_path, parts, NAMES)
+    assert pairs.written(str(tmp_path)) == "f00d"
     assert counts == {"pairs": 3, "queries_with_pairs": 2}
     table = pq.read_table(tmp_path / "pairs.parquet")
     assert table.schema.equals(pairs.SCHEMA)
@@ -54,7 +61,7 @@ def test_best_scores(tmp_path):
 def test_names_that_hloc_would_split_give_no_text_file(tmp_path, name):
     """Even if the name is in no pair: the next run may have it, and the file would come and go."""
     (tmp_path / "pairs.txt").write_text("of an older run\n")
-    counts = pairs.write_all(str(tmp_path), parts, [*NAMES, name])
+    counts = write(tmp_path, parts, [*NAMES, name])
     assert not (tmp_path / "pairs.txt").exists()
     assert counts["pairs_txt"].startswith("not written: 1 image names hold white space")
     assert repr(name) in counts["pairs_txt"]
@@ -68,7 +75,7 @@ def test_a_pair_list_with_white_space_is_refused_and_leaves_no_file(tmp_path):
 
 
 def test_a_run_without_any_pair_writes_empty_lists(tmp_path):
-    counts = pairs.write_all(str(tmp_path), lambda: [part()], NAMES)
+    counts = write(tmp_path, lambda: [part()], NAMES)
     assert counts == {"pairs": 0, "queries_with_pairs": 0}
     assert pq.read_table(tmp_path / "pairs.parquet").schema.equals(pairs.SCHEMA)
     assert (tmp_path / "pairs.txt").read_bytes() == b""

@@ -299,6 +299,7 @@ def test_a_second_run_computes_nothing(registered, tmp_path):
     first = (Path(asked.output) / "pairs.parquet").read_bytes()
     job = pipeline.register(asked)
     assert job.counts["embedded_now"] == job.counts["added"] == job.counts["changed"] == 0
+    assert job.counts["searched_now"] == 0
     assert bytes_of(store) == before
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (Path(asked.output) / "pairs.parquet").read_bytes() == first

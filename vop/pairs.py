@@ -20,34 +20,53 @@ SCHEMA = pa.schema(
     ]
 )
 
+FINGERPRINT = "made_by"  # key in the metadata of pairs.parquet
+
 
 class PairsError(ValueError):
     """Pairs that a format cannot hold."""
 
 
-def write_all(output: str, read: Callable[[], Iterable[pa.Table]], names: Iterable[str]) -> dict[str, object]:
-    """Write the pair list of a run from its parts; returns counts for the record.
+def write(output: str, fingerprint: str, read: Callable[[], Iterable[pa.Table]]) -> None:
+    """Write pairs.parquet and patch_weights.parquet (query, patch_weights) of a run from its parts.
 
     `read()` iterates over the parts, tables of `SCHEMA` with the column patch_weights (non-null in one row of an
-    illustrated query). Written are pairs.parquet, pairs.txt and patch_weights.parquet (query, patch_weights). Where
-    `names` cannot stand in pairs.txt it is not written, an older one is removed, and the reason is in the counts.
+    illustrated query). `fingerprint` says what the pairs follow from; pairs.parquet, written last, carries it.
     """
-    count, paired = 0, 0
-    path = files.join(output, "pairs.parquet")
-    with files.atomic(path) as (filesystem, inner), pq.ParquetWriter(inner, SCHEMA, filesystem=filesystem) as writer:
-        for part in read():
-            writer.write_table(part.select(SCHEMA.names))
-            count += part.num_rows
-            paired += pc.sum(pc.equal(part["rank"], 0)).as_py() or 0
     weights = pa.concat_tables([part.filter(part["patch_weights"].is_valid()) for part in read()])
     with files.atomic(files.join(output, "patch_weights.parquet")) as (filesystem, inner):
         pq.write_table(weights.select(["query", "patch_weights"]), inner, filesystem=filesystem)
-    counts: dict[str, object] = {"pairs": count, "queries_with_pairs": paired}
+    schema, path = SCHEMA.with_metadata({FINGERPRINT: fingerprint}), files.join(output, "pairs.parquet")
+    with files.atomic(path) as (filesystem, inner), pq.ParquetWriter(inner, schema, filesystem=filesystem) as writer:
+        for part in read():
+            writer.write_table(part.select(SCHEMA.names))
+
+
+def written(output: str) -> str | None:
+    """The fingerprint of the pairs.parquet of a run; None without one."""
+    filesystem, inner = files.resolve(files.join(output, "pairs.parquet"))
+    try:
+        metadata = pq.read_schema(inner, filesystem=filesystem).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return metadata.get(FINGERPRINT.encode(), b"").decode() or None
+
+
+def finish(output: str, names: Iterable[str]) -> dict[str, object]:
+    """Write pairs.txt from pairs.parquet; returns counts for the record.
+
+    Where `names` cannot stand in pairs.txt it is not written, an older one is removed, and the reason is in the counts.
+    """
+    parquet, text = files.join(output, "pairs.parquet"), files.join(output, "pairs.txt")
+    counts: dict[str, object] = {"pairs": 0, "queries_with_pairs": 0}
+    for part in iterate(parquet):
+        counts["pairs"] += part.num_rows
+        counts["queries_with_pairs"] += pc.sum(pc.equal(part["rank"], 0)).as_py() or 0
     try:
         check_hloc_names(names)
-        write_hloc(files.join(output, "pairs.txt"), read())
+        write_hloc(text, iterate(parquet))
     except PairsError as error:
-        files.remove(files.join(output, "pairs.txt"))
+        files.remove(text)
         counts["pairs_txt"] = f"not written: {error}"
     return counts
 

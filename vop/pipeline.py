@@ -168,8 +168,9 @@ def _paired(config: Config, job: Run, queries: Selection, database: Selection) -
     with job.step("radius"):
         radius = choose_radius(database, config.retrieval)
     search = Search(queries, database, config.retrieval, radius, config.report.queries)
-    parts = Parts(config.output, search.fingerprint())
-    missing = parts.missing(search.n_batches)
+    fingerprint = search.fingerprint()
+    parts = Parts(config.output, fingerprint)
+    missing = [] if pairs.written(config.output) == fingerprint else parts.missing(search.n_batches)
     with job.step("search"), progress("search", len(queries), search.queries_without(missing), "queries") as bar:
         if missing:
             with search_shards(search) as shards:
@@ -177,10 +178,12 @@ def _paired(config: Config, job: Run, queries: Selection, database: Selection) -
                     parts.write(number, ranked)
                     bar.update(search.queries_in(number))
     with job.step("write pairs"):
-        names = {*queries.names, *database.names}
-        job.counts |= pairs.write_all(config.output, lambda: parts.read(search.n_batches), names)
+        if pairs.written(config.output) != fingerprint:
+            pairs.write(config.output, fingerprint, lambda: parts.read(search.n_batches))
         parts.remove()
+        job.counts |= pairs.finish(config.output, {*queries.names, *database.names})
     job.counts |= {"queries": len(queries), "database": len(database), "radius": radius}
+    job.counts["searched_now"] = len(queries) - search.queries_without(missing)
 
 
 def _judged(config: Config, job: Run, queries: Selection, database: Selection) -> None:

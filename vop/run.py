@@ -75,8 +75,8 @@ class Run:
         if "pairs" in counts:
             lonely = counts["queries"] - counts["queries_with_pairs"]
             lines.append(
-                f"  pairs        {counts['pairs']} for {counts['queries']} queries, {lonely} without any "
-                f"(radius {counts['radius']:g})"
+                f"  pairs        {counts['pairs']} for {counts['queries']} queries ({counts['searched_now']} searched "
+                f"by this run), {lonely} without any, radius {counts['radius']:g}"
             )
         if "pairs_txt" in counts:
             lines.append(f"  pairs.txt    {counts['pairs_txt']}")

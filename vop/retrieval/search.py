@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import faiss
 import numpy as np
@@ -67,7 +68,8 @@ class Search:
         rows = [fingerprint(side.rows.to_pydict()) for side in (self.queries, self.database)]
         store = self.database.store
         receipts = {number: receipt["sha256"] for number, receipt in store.receipts().items()}
-        return fingerprint(store.manifest["features"], receipts, rows, settings, self.radius, self.illustrated)
+        made_with = version("vop"), store.manifest["features"], receipts
+        return fingerprint(made_with, rows, settings, self.radius, self.illustrated)
 
     @property
     def n_batches(self) -> int:
