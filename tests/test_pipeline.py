@@ -1,5 +1,6 @@
 """The commands end to end with the embedded backbone, against brute force over the descriptors they stored."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -300,6 +301,8 @@ def test_a_second_run_computes_nothing(registered, tmp_path):
     job = pipeline.register(asked)
     assert job.counts["embedded_now"] == job.counts["added"] == job.counts["changed"] == 0
     assert job.counts["searched_now"] == 0
+    shown = dataclasses.replace(asked, report=config.ReportConfig(queries=1))
+    assert pipeline.register(shown).counts["searched_now"] == 0  # what the report shows is no matter of the search
     assert bytes_of(store) == before
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (Path(asked.output) / "pairs.parquet").read_bytes() == first

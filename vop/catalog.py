@@ -120,10 +120,14 @@ def finish(images: pa.Table, receipts: Mapping[int, dict], embedded: Callable[[i
     return pa.Table.from_pylist(lines, schema=SCHEMA)
 
 
+def evenly_spread(total: int, count: int) -> np.ndarray:
+    """Up to `count` of the positions 0 .. total - 1, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
 def sample(listed: pa.Table, count: int) -> pa.Table:
     """Up to `count` lines of a listing, evenly spread over its names, as a shard of no number."""
-    rows = np.unique(np.linspace(0, listed.num_rows - 1, min(count, listed.num_rows)).round().astype(np.int64))
-    return listed.sort_by("name").take(pa.array(rows))
+    return listed.sort_by("name").take(pa.array(evenly_spread(listed.num_rows, count)))
 
 
 def located(shard: pa.Table, paths: Mapping[str, str], root: str) -> pa.Table:

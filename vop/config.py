@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vop import files
 
+ILLUSTRATED = 48  # queries of which a search keeps what a report needs
+
 
 class ConfigError(ValueError):
     """A key or value that no job can run with; the message says what to write instead."""
@@ -119,12 +121,12 @@ class ReportConfig:
     """What report.html shows."""
 
     queries: int = 12
-    """Queries shown with their matches; 0: no report."""
+    """Queries shown with their matches, at most 48; 0: no report."""
     matches: int = 6
     """Matches shown per query."""
 
     def __post_init__(self):
-        _require("report.queries", self.queries, self.queries >= 0, "0 (off) or more")
+        _require("report.queries", self.queries, 0 <= self.queries <= ILLUSTRATED, f"from 0 (off) to {ILLUSTRATED}")
         _positive("report", self, "matches")
 
 

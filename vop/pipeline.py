@@ -167,7 +167,7 @@ def _paired(config: Config, job: Run, queries: Selection, database: Selection) -
     """pairs.parquet and pairs.txt: per query the best database images; finished parts are not searched again."""
     with job.step("radius"):
         radius = choose_radius(database, config.retrieval)
-    search = Search(queries, database, config.retrieval, radius, config.report.queries)
+    search = Search(queries, database, config.retrieval, radius)
     fingerprint = search.fingerprint()
     parts = Parts(config.output, fingerprint)
     missing = [] if pairs.written(config.output) == fingerprint else parts.missing(search.n_batches)

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from vop import pairs
-from vop.config import RetrievalConfig
+from vop.catalog import evenly_spread
+from vop.config import ILLUSTRATED, RetrievalConfig
 from vop.image import patch_mask
 from vop.parts import fingerprint
 from vop.retrieval import voting
@@ -19,6 +20,7 @@ from vop.retrieval.shortlist import Shortlist
 from vop.store import Selection
 
 # Pairs as they are ranked; the first pair of an illustrated query also carries the weights of its patches.
+# Their number is fixed: what a report shows must not decide whether a search is done already.
 RANKED = pairs.SCHEMA.append(pa.field("patch_weights", pa.list_(pa.float32())))
 
 
@@ -58,7 +60,6 @@ class Search:
     database: Selection
     retrieval: RetrievalConfig
     radius: float
-    illustrated: int = 0  # queries whose patch weights are kept for the report
 
     def fingerprint(self) -> str:
         """Equal for searches that give equal parts: the same descriptors, sets and settings."""
@@ -69,7 +70,7 @@ class Search:
         store = self.database.store
         receipts = {number: receipt["sha256"] for number, receipt in store.receipts().items()}
         made_with = version("vop"), store.manifest["features"], receipts
-        return fingerprint(made_with, rows, settings, self.radius, self.illustrated)
+        return fingerprint(made_with, rows, settings, self.radius)
 
     @property
     def n_batches(self) -> int:
@@ -86,8 +87,7 @@ class Search:
 
     def chosen(self) -> set[str]:
         """Names of the illustrated queries, evenly spread over all of them."""
-        count = min(self.illustrated, len(self.queries))
-        return {self.queries.names[i] for i in np.linspace(0, len(self.queries) - 1, count).round().astype(int)}
+        return {self.queries.names[i] for i in evenly_spread(len(self.queries), ILLUSTRATED)}
 
     def _positions(self, number: int) -> np.ndarray:
         size = self.retrieval.query_batch

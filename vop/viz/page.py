@@ -67,7 +67,8 @@ def _panels(
     config: Config, run: Run, store: EmbeddingStore, ranked: pa.Table, truth: OverlapTruth | None
 ) -> list[QueryPanel]:
     """The illustrated queries: those whose patch weights the search kept."""
-    shown = pairs.read_parquet(run.path("patch_weights.parquet")).slice(0, config.report.queries)
+    kept = pairs.read_parquet(run.path("patch_weights.parquet"))
+    shown = kept.take(catalog.evenly_spread(kept.num_rows, config.report.queries))
     index = {} if truth is None else {name: row for row, name in enumerate(truth.names)}
     panels = []
     for query, patch_weights in zip(shown["query"].to_pylist(), shown["patch_weights"].to_pylist(), strict=True):
@@ -87,15 +88,15 @@ def _pictures(run: Run, selection: Selection) -> dict[str, Picture]:
     _, patches = selection.read()
     sizes = map(tuple, selection.scaled_sizes.tolist())
     return {
-        name: Picture(name, _photograph(run, name, size), size, values.astype(np.float32))
+        name: Picture(*_photograph(run, name, size), size, values.astype(np.float32))
         for name, size, values in zip(selection.names, sizes, patches, strict=True)
     }
 
 
-def _photograph(run: Run, name: str, scaled_size: tuple[int, int]) -> np.ndarray:
-    """The image file as RGB; plain grey where it is no longer there, as of an imported store."""
+def _photograph(run: Run, name: str, scaled_size: tuple[int, int]) -> tuple[str, np.ndarray]:
+    """What the page calls an image, and its RGB: plain grey, and said so, where the file is no longer at hand."""
     try:
-        return decode(files.read_bytes(files.join(run.counts["root"], name)))
+        return name, decode(files.read_bytes(files.join(run.counts["root"], name)))
     except (OSError, ImageError):
         width, height = scaled_size
-        return np.full((height, width, 3), 200, np.uint8)
+        return f"{name} (the file cannot be read now)", np.full((height, width, 3), 200, np.uint8)
