@@ -6,7 +6,8 @@ DIR holds a folder per set: images, `cameras.json` and depth (`vop.datasets.pose
 others of its set. Printed is precision@1 / @5 / @10, the share of the k first that overlap by at least 10, 30 and 50%,
 hits / k: where fewer images overlap that much, 1 is out of reach, and the ceiling says how far. Features: xfeat; with
 `--vits`, that file as dinov2_vits14, its last block and block 8; the same architecture with random weights; and random
-vectors. The tables in between show how far the settings of the votes matter; all share one embedding of the images.
+vectors. The tables in between show how far the settings of the votes matter, and what storage as int8 costs; all share
+one embedding of the images.
 
 "Changed" queries are altered photographs (`Change`) searched in the unaltered database; whitening and centre are fitted
 on the unaltered images, and the own, unaltered image of a query is never among its candidates. "Held out" repeats the
@@ -34,8 +35,9 @@ from vop.image import decode, letterbox, patch_mask, to_jpeg
 from vop.models.backbone import Backbone, load_backbone
 from vop.models.descriptor import pooled, unit
 from vop.models.whitening import fit_whitening
+from vop.quantised import stored
 from vop.retrieval import voting
-from vop.retrieval.index import ShardIndex
+from vop.retrieval.index import ShardIndex, Wanted
 
 OVERLAPS, KS = (0.1, 0.3, 0.5), (1, 5, 10)
 STEP = {"rgbd_kitchen": 2}  # frames are 4 numbers apart; each second one halves the time that ViT-S takes
@@ -53,6 +55,7 @@ class Variant:
     radius: float = 0.65
     masked: bool = True
     shortlist: int | None = 50
+    dtype: str = "float16"
 
 
 RAW = Variant("raw", whiten=None, radius=0.2)
@@ -66,6 +69,8 @@ VARIANTS = (
     replace(RAW, label="raw, r 0.2, tfidf", weights="tfidf"),
     replace(RAW, label="raw, r 0.2, unweighted", weights="none"),
     replace(RAW, label="raw, r 0.2, tfidf, padding votes", weights="tfidf", masked=False),
+    Variant("whitened, r 0.65, idf, int8", dtype="int8"),
+    replace(RAW, label="raw, r 0.2, idf, int8", dtype="int8"),
     Variant("global only", weights=None),
 )
 DEFAULT = VARIANTS[0]
@@ -180,13 +185,13 @@ def random_vits(folder: str) -> str:
     return folder
 
 
-def descriptors(found: Features, masks: np.ndarray, whiten: int | None, fit: np.ndarray) -> dict[str, tuple]:
-    """Patches (N, P, E) and globals (N, G) in float16, as a store keeps them, for the images as they are and changed.
+def descriptors(found: Features, masks: np.ndarray, variant: Variant, fit: np.ndarray) -> dict[str, tuple]:
+    """Patches (N, P, E) and globals (N, G) as a store keeps them, for the images as they are and changed.
 
     Whitening and centre come from the unchanged images of the rows `fit`.
     """
     sample = found.tokens["clean"][fit][masks[fit]]
-    whitening = fit_whitening(sample, whiten) if whiten else None
+    whitening = fit_whitening(sample, variant.whiten) if variant.whiten else None
     center = torch.from_numpy(sample.mean(axis=0, dtype=np.float64).astype(np.float32))
     described = {}
     for condition, tokens in found.tokens.items():
@@ -194,7 +199,7 @@ def descriptors(found: Features, masks: np.ndarray, whiten: int | None, fit: np.
         if globals_ is None:
             globals_ = pooled(tokens, torch.from_numpy(masks), center).numpy()
         patches = unit(tokens if whitening is None else whitening.apply(tokens)).numpy()
-        described[condition] = patches.astype(np.float16), globals_.astype(np.float16)
+        described[condition] = stored(patches, variant.dtype), globals_.astype(np.float16)
     return described
 
 
@@ -204,15 +209,22 @@ def rank(queries: tuple, database: tuple, masks: np.ndarray, variant: Variant, s
     index = ShardIndex(*(array[split.database] for array in database), split.database, masks[split.database])
     patches, globals_ = (array[split.queries] for array in queries)
     own = np.where(np.isin(split.queries, split.database), split.queries, -1)
-    listed = None
     if variant.shortlist:
         found = index.shortlist(globals_.astype(np.float32), variant.shortlist, own)
         listed = [found[q] for q in range(len(found))]
+    else:
+        listed = [split.database[split.database != row] for row in own]
     if variant.weights is None:
         return listed
-    votes = index.votes(patches, masks[split.queries], listed, variant.radius, own)
-    scored = ((votes[q], voting.scores(votes[q], variant.weights)) for q in range(len(votes)))
-    return [one.rows[voting.best(scores, one.rows, len(one.rows))] for one, scores in scored]
+    sizes = [len(rows) for rows in listed]
+    queries, rows = np.repeat(np.arange(len(listed)), sizes), np.concatenate(listed)
+    wanted = Wanted(queries, rows, np.zeros(len(rows), bool))
+    votes, _ = index.votes(patches, masks[split.queries], wanted, variant.radius)
+    ranked = []
+    for q, row in enumerate(split.queries):
+        one = votes.of(q, np.count_nonzero(masks[row]), sizes[q])
+        ranked.append(one.rows[voting.best(voting.scores(one, variant.weights), one.rows, len(one.rows))])
+    return ranked
 
 
 def judge(ranked: list[np.ndarray], frames: Frames, split: Split) -> dict[str, dict[str, float]]:
@@ -249,7 +261,7 @@ def report(name: str, frames: Frames, found: dict[str, Features]) -> dict:
     scores: dict = {"clean": {}, "changed": {}, "held out": {}}
     for label, given in found.items():
         for variant in CONTROLS if label.startswith("random") else VARIANTS:
-            described = descriptors(given, masks, variant.whiten, everything)
+            described = descriptors(given, masks, variant, everything)
             for condition in ("clean", "changed"):
                 ranked = rank(described[condition], described["clean"], masks, variant, split)
                 scores[condition][f"{label}: {variant.label}"] = judge(ranked, frames, split)
@@ -290,7 +302,7 @@ def held_out(frames: Frames, found: Features, masks: np.ndarray) -> dict:
     }
     scores = {}
     for label, split in splits.items():
-        described = descriptors(found, masks, DEFAULT.whiten, split.fit)["clean"]
+        described = descriptors(found, masks, DEFAULT, split.fit)["clean"]
         scores[label] = judge(rank(described, described, masks, DEFAULT, split), frames, split)
     return scores
 

@@ -85,7 +85,7 @@ def test_a_wrong_type_is_refused_by_key(override, key):
     ("key", "bad", "good"),
     [
         ("embedding.image_size", (0, -14, 225), (14, 448)),
-        ("embedding.dtype", ("int8",), ("float16", "float32")),
+        ("embedding.dtype", ("int4",), ("float16", "float32", "int8")),
         ("embedding.precision", ("fp16",), ("bfloat16", "float16", "float32", "null")),
         ("embedding.max_bad_fraction", (-0.1, 1.1), (0, 1)),
         ("embedding.shard_size", (0, -1), (1,)),
@@ -97,6 +97,10 @@ def test_a_wrong_type_is_refused_by_key(override, key):
         ("retrieval.radius", (0, -0.1, 2), (0.001, 1.9, "null")),
         ("retrieval.query_batch", (0,), (1,)),
         ("retrieval.timeout_s", (0,), (0.5,)),
+        ("pairs.budget", (0, -1), (1, "null")),
+        ("pairs.sequence", (0,), (1, "null")),
+        ("pairs.neighbours", (0,), (1, "null")),
+        ("pairs.neighbour_distance_m", (-1, 30), ("null",)),  # 30: of how many?
         ("report.queries", (-1,), (0,)),
         ("report.matches", (0,), (1,)),
         ("demo.images", (0,), (1,)),
@@ -110,6 +114,13 @@ def test_bounds(key, bad, good):
     for value in bad:
         with pytest.raises(ConfigError, match=f"{key} is .*must be"):
             load([], [f"{key}={value}"])
+
+
+def test_a_pair_list_is_chosen_where_something_is_set():
+    assert not load().pairs.chosen
+    for override in ("pairs.budget=5", "pairs.mutual=true", "pairs.sequence=1", "pairs.neighbours=2"):
+        assert load([], [override]).pairs.chosen
+    assert load([], ["pairs.neighbours=2", "pairs.neighbour_distance_m=0.5"]).pairs.neighbour_distance_m == 0.5
 
 
 def test_an_encoder_brings_its_own_defaults(tmp_path):

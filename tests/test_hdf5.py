@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vop import catalog, config, files
 from vop.geometry import Camera
 from vop.hdf5 import FeatureFile, H5Error, export
+from vop.quantised import float_type, stored, widen
 from vop.store import EmbeddingStore, StoreError, tensor_column, tensor_values
 
 NAMES = ("mapa/Łódź 1.jpg", "mapa/deep/er/b c.jpg", "query/猫.png", "query/á 2.jpg", "top level.jpg")
@@ -39,10 +40,11 @@ def computed_store(path, names=NAMES, dtype="float16", seed=0, shard_size=2, tok
         for key, high in (("width", 4000), ("height", 3000), ("scaled_width", SIDE), ("scaled_height", SIDE)):
             table = table.append_column(key, pa.array(rng.integers(1, high + 1, n)))
         table = table.append_column("content", pa.array(["hash"] * n))
-        table = table.append_column("global", tensor_column(rng.standard_normal((n, G)).astype(dtype) * 30))
-        table = table.append_column("patches", tensor_column(patches.astype(dtype)))
+        table = table.append_column("global", tensor_column(rng.standard_normal((n, G)).astype(float_type(dtype)) * 30))
+        table = table.append_column("patches", tensor_column(stored(patches, dtype)))
         if tokens:
-            table = table.append_column("tokens", tensor_column(rng.standard_normal((n, P, D)).astype(dtype) * 5))
+            tokens = rng.standard_normal((n, P, D)).astype(float_type(dtype)) * 5
+            table = table.append_column("tokens", tensor_column(tokens))
         store.write_shard(number, table, [])
     store.write_images(catalog.finish(images, store.receipts(), store.shard_facts))
     return store
@@ -86,7 +88,7 @@ def contents(path):
 @given(
     names=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1,
                            max_size=6), min_size=1, max_size=5, unique=True),
-    dtype=st.sampled_from(["float16", "float32"]),
+    dtype=st.sampled_from(["float16", "float32", "int8"]),
     seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_a_store_survives_the_round_trip(tmp_path_factory, names, dtype, seed):
@@ -96,8 +98,8 @@ def test_a_store_survives_the_round_trip(tmp_path_factory, names, dtype, seed):
     after = imported(exported(before.store, folder / "f.h5"), folder / "b", dtype, shard_size=3).select()
     assert after.names == before.names == sorted(names)
     np.testing.assert_array_equal(after.scaled_sizes, before.scaled_sizes)
-    for mine, theirs in zip(after.read(), before.read(), strict=True):
-        assert mine.dtype == theirs.dtype == np.dtype(dtype)
+    for mine, theirs, kind in zip(after.read(), before.read(), (float_type(dtype), dtype), strict=True):
+        assert mine.dtype == theirs.dtype == np.dtype(kind)
         np.testing.assert_array_equal(mine, theirs)
     sizes = ["name", "width", "height"]
     assert after.store.images().select(sizes).sort_by("name") == before.store.images().select(sizes).sort_by("name")
@@ -141,6 +143,20 @@ def test_a_store_with_tokens_exports_them_because_the_original_encodes_what_it_r
     np.testing.assert_array_equal(stored, tensor_values(table["tokens"])[1])
 
 
+def test_int8_patches_are_exported_as_the_unit_vectors_they_stand_for(tmp_path):
+    store = computed_store(tmp_path / "store", dtype="int8")
+    live = store.select()
+    globals_, patches = live.read()
+    with h5py.File(exported(store, tmp_path / "f.h5")) as h5:
+        for name, global_, image in zip(live.names, globals_, patches, strict=True):
+            written = h5[name]["descriptors"][()]
+            assert written.dtype == np.float32
+            np.testing.assert_array_equal(written, widen(image))
+            np.testing.assert_array_equal(h5[name]["global_descriptor"][()], global_)
+    with h5py.File(exported(computed_store(tmp_path / "t", dtype="int8", tokens=True), tmp_path / "g.h5")) as h5:
+        assert h5[NAMES[0]]["descriptors"].dtype == np.float16  # tokens are not quantised
+
+
 def test_a_part_of_a_store_is_exported_and_a_failed_export_leaves_the_old_file(tmp_path):
     store, path = computed_store(tmp_path / "store"), tmp_path / "f.h5"
     assert list(export(store.select([NAMES[0], NAMES[4]]), str(path), {}, {})) == [1, 1]
@@ -167,6 +183,10 @@ def test_a_file_of_the_original_is_imported_and_normalised_once(tmp_path):
     assert live.store.images()["width"].to_pylist() == [1600] * 5
     indices = FeatureFile.open(str(tmp_path / "f.h5"), "float16").indices
     assert indices == {"query": [NAMES[0]], "db": list(NAMES[1:])}
+    globals_, patches = imported(tmp_path / "f.h5", tmp_path / "small", "int8").select().read()
+    np.testing.assert_array_equal(globals_, live.read()[0].astype(np.float16))
+    assert patches.dtype == np.int8
+    assert np.abs(widen(patches) - live.read()[1]).max() < 1 / 200
 
 
 def test_an_imported_store_is_not_mixed_with_anything_else(tmp_path):

@@ -1,20 +1,13 @@
 """Real processes, killed without warning in the middle; the next run finishes the work and leaves the same bytes."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import Job
 
 from vop import config, pipeline
 from vop.parts import Parts
-
-ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_S = 200
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,43 +38,16 @@ def kill_when(happened, command: str, told: config.Config, folder: Path) -> None
 
 def _killed_when(happened, command: str, told: config.Config, folder: Path) -> bool:
     """False if Ray itself did not come up in its 30 s, which a busy machine may need; nothing has happened then."""
-    (folder / "asked.yaml").write_text(config.to_yaml(told))
-    arguments = [sys.executable, "-m", "vop.cli", command, "--config", str(folder / "asked.yaml")]
-    log = folder / "log.txt"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+    job = Job(command, told, folder)
+
+    def not_started() -> bool:
+        return job.process.poll() is not None and "timed out during startup" in job.log
+
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not happened():
-            if process.poll() is not None and "timed out during startup" in log.read_text():
-                return False
-            assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"nothing happened that could be interrupted:\n{log.read_text()}"
-            time.sleep(0.001)
+        job.wait_until(lambda: not_started() or happened())
+        return not not_started()
     finally:
-        kill_session(process.pid)
-        process.wait()
-    return True
-
-
-def kill_session(leader: int) -> None:
-    """Kill a process and all that it started, Ray's workers too: they have groups of their own, but its session."""
-    while members := session(leader):
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def session(leader: int) -> list[int]:
-    """Living processes of a session, the leader first."""
-    found = []
-    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-        with suppress(OSError):
-            dead = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-            if os.getsid(pid) == leader and not dead:
-                found.append(pid)
-    return found
+        job.kill()
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

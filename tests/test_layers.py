@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "files"},
-    {"image", "geometry", "metrics", "pairs", "store", "hdf5", "catalog", "parts", "run", "progress"},
+    {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation"},
     {"stages"},
     {"pipeline"},

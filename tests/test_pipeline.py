@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bad_images import write_zoo
@@ -15,7 +16,9 @@ from bad_images import write_zoo
 import vop
 from vop import config, pairs, pipeline
 from vop.catalog import TooManyBadImagesError
-from vop.datasets.posed import OverlapTruth, read_overlap, write_overlap
+from vop.config import ConfigError
+from vop.datasets.posed import OverlapTruth, PosedFolder, read_overlap, write_overlap
+from vop.datasets.positions import PositionsError
 from vop.image import ImageError, patch_mask
 from vop.store import EmbeddingStore, StoreError
 
@@ -174,7 +177,7 @@ def test_a_run_directory_holds_what_was_promised(registered, photos):
     output = Path(asked.output)
     assert {path.name for path in output.iterdir()} == {
         *("config.yaml", "run.json", "metrics.json", "pairs.parquet", "pairs.txt", "patch_weights.parquet"),
-        *("report.html", "store"),
+        *("scenes.parquet", "report.html", "store"),
     }
     assert config.load([str(output / "config.yaml")]) == asked
     record = json.loads((output / "run.json").read_text())
@@ -291,6 +294,132 @@ def test_retrieve_takes_folders_patterns_and_lists(registered, brute, photos, tm
         written.append((output / "pairs.parquet").read_bytes())
     assert written[0] == written[1] == written[2]
     assert_pairs(pq.read_table(output / "pairs.parquet"), brute.pairs(two, one, K, 9))
+
+
+def listed_pairs(text):
+    """Unordered pairs of a pairs.txt that lists each once."""
+    lines = [tuple(line.split()) for line in text.splitlines()]
+    found = {tuple(sorted(pair)) for pair in lines}
+    assert len(found) == len(lines)
+    assert all(first < second for first, second in lines)
+    return found
+
+
+def connected(names, edges):
+    """Groups of names that the edges connect, the largest first, then by first name."""
+    groups = [{name} for name in names]
+    for edge in edges:
+        touched = [group for group in groups if group & set(edge)]
+        groups = [group for group in groups if group not in touched] + [set().union(*touched)]
+    return sorted(groups, key=lambda group: (-len(group), min(group)))
+
+
+def assert_scenes(path, names, edges):
+    expected = [
+        {"name": name, "component": number, "size": len(group)}
+        for number, group in enumerate(connected(names, edges))
+        for name in sorted(group)
+    ]
+    assert pq.read_table(path).to_pylist() == expected
+    return max(row["component"] for row in expected) + 1
+
+
+def register_listed(registered, output, **values):
+    asked, _ = registered
+    fixed = {"images": asked.images, "store": asked.store_path, "output": str(output), "report": WITHOUT_REPORT}
+    return pipeline.register(config.load(embedding=EMBEDDING, **fixed, **values))
+
+
+def test_scenes_are_the_connected_components_of_the_pairs(registered, brute):
+    output = Path(registered[0].output)
+    rows = pq.read_table(output / "pairs.parquet").to_pylist()
+    number = assert_scenes(output / "scenes.parquet", brute.names, [(row["query"], row["database"]) for row in rows])
+    assert registered[1].counts["components"] == number
+
+
+def test_a_pair_list_is_chosen_from_the_ranking(registered, brute, tmp_path):
+    folder, retrieval = tmp_path / "run", {"radius": brute.radius, "k": 4, "shortlist": 8}
+    register_listed(registered, folder, retrieval=retrieval)
+    before = bytes_of(folder)
+    assert "pair_list.parquet" not in before
+    ranked = {
+        (row["query"], row["database"]): row["weighted"] for row in pq.read_table(folder / "pairs.parquet").to_pylist()
+    }
+    score = {}
+    for (query, database), weighted in ranked.items():
+        pair = tuple(sorted((query, database)))
+        score[pair] = max(weighted, score.get(pair, 0))
+    whole = connected(brute.names, score)
+
+    budget = len(brute.names) + 3
+    job = register_listed(registered, folder, retrieval=retrieval, pairs={"budget": budget})
+    assert job.counts["searched_now"] == 0
+    found = listed_pairs((folder / "pairs.txt").read_text())
+    assert len(found) == budget
+    assert found <= set(score)
+    assert connected(brute.names, found) == whole  # though the best of the ranking alone may leave some apart
+    assert_scenes(folder / "scenes.parquet", brute.names, found)
+    rows = pq.read_table(folder / "pair_list.parquet").to_pylist()
+    assert [(row["query"], row["database"]) for row in rows] == sorted(found)
+    assert all(row["weighted"] == score[row["query"], row["database"]] for row in rows)
+    sources = [row["source"] for row in rows]
+    assert sources.count("forest") == len(brute.names) - len(whole) == job.counts["pair_list"]["to_connect"]
+    assert job.counts["pair_list"].items() >= {"pairs": budget, "best": sources.count("best"), "sequence": 0}.items()
+    assert f"{budget} pairs chosen: {sources.count('forest')} forest" in job.summary()
+    assert (folder / "pairs.parquet").read_bytes() == before["pairs.parquet"]
+
+    register_listed(registered, folder, retrieval=retrieval, pairs={"mutual": True})
+    mutual = {pair for pair in score if pair in ranked and pair[::-1] in ranked}
+    assert listed_pairs((folder / "pairs.txt").read_text()) == mutual
+    assert_scenes(folder / "scenes.parquet", brute.names, mutual)
+
+    job = register_listed(registered, folder, retrieval=retrieval, pairs={"budget": 3})
+    assert f"{len(brute.names) - len(whole) - 3} more would connect" in job.summary()
+
+    register_listed(registered, folder, retrieval=retrieval)
+    after = bytes_of(folder)
+    assert {name: after[name] for name in before if name.endswith((".parquet", ".txt"))} == {
+        name: content for name, content in before.items() if name.endswith((".parquet", ".txt"))
+    }
+    assert after.keys() == before.keys()
+
+
+def test_sequence_and_neighbours_are_listed_too(registered, brute, rendered_collection, tmp_path):
+    posed = PosedFolder.open(rendered_collection)
+    places = {name.rpartition("/")[2]: camera.center for name, camera in zip(posed.names, posed.cameras, strict=True)}
+    centers = [places[name.rpartition("/")[2]] for name in brute.names]
+    columns = {"name": brute.names, **dict(zip("xyz", np.transpose(centers), strict=True))}
+    pq.write_table(pa.table(columns), tmp_path / "positions.parquet")
+    job = register_listed(
+        registered, tmp_path / "run",
+        retrieval={"radius": brute.radius, "k": 1, "within_scene": True}, positions=str(tmp_path / "positions.parquet"),
+        pairs={"sequence": 2, "neighbours": 1},
+    )  # fmt: skip
+    rows = pq.read_table(tmp_path / "run" / "pairs.parquet").to_pylist()
+    expected = {tuple(sorted((row["query"], row["database"]))) for row in rows}
+    for scene in ("one/", "two/"):
+        inside = [row for row, name in enumerate(brute.names) if name.startswith(scene)]
+        for i, row in enumerate(inside):
+            expected |= {(brute.names[row], brute.names[other]) for other in inside[i + 1 : i + 3]}
+            nearest = min(set(inside) - {row}, key=lambda other: np.linalg.norm(centers[row] - centers[other]))
+            expected.add(tuple(sorted((brute.names[row], brute.names[nearest]))))
+    assert listed_pairs((tmp_path / "run" / "pairs.txt").read_text()) == expected
+    assert job.counts["positions"] == len(brute.names)
+    assert assert_scenes(tmp_path / "run" / "scenes.parquet", brute.names, expected) == job.counts["components"] == 2
+    scored = {row["weighted"] is None for row in pq.read_table(tmp_path / "run" / "pair_list.parquet").to_pylist()}
+    assert scored == {True, False}
+
+
+def test_missing_positions_are_missed_before_the_search(registered, tmp_path):
+    with pytest.raises(PositionsError, match="GPS tags of the images"):
+        register_listed(registered, tmp_path / "run", pairs={"neighbours": 3})
+    assert not (tmp_path / "run" / "pairs.parquet").exists()
+
+
+def test_retrieve_chooses_no_pair_list(photos, tmp_path):
+    asked = config.load([], ["pairs.budget=5"], images=str(photos), queries=str(photos), output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"pairs\.\* .*register"):
+        pipeline.retrieve(asked)
 
 
 def test_a_second_run_computes_nothing(registered, tmp_path):

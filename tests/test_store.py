@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vop import catalog, files
+from vop.quantised import stored
 from vop.store import EmbeddingStore, StoreError, tensor_column
 
 P, E, G, D = 4, 3, 5, 6
@@ -76,6 +77,40 @@ def test_duckdb_joins_catalog_and_shards(store, tmp_path):
         assert width == 224
         np.testing.assert_array_equal(np.array(patches, np.float16).reshape(P, E), values(image_id)[1])
         np.testing.assert_array_equal(np.array(global_, np.float16), values(image_id)[0])
+
+
+def test_plain_readers_get_int8_patches_which_take_a_byte_a_number_on_disk(tmp_path):
+    rng, (n, P, E) = np.random.default_rng(0), (3, 64, 128)
+    made = EmbeddingStore.create(str(tmp_path), FEATURES, SHAPES | {"patches": P, "width": E, "dtype": "int8"}, {})
+    patches = stored(rng.standard_normal((n, P, E)), "int8")
+    columns = [name for name in shard(1).column_names if name != "patches"]
+    made.write_shard(1, shard(1).select(columns).append_column("patches", tensor_column(patches)), [])
+    path = tmp_path / "shard-00001.parquet"
+    assert patches.size < path.stat().st_size < 1.1 * patches.size + 5000
+    table = pq.read_table(path)
+    assert table.schema.field("patches").type == pa.fixed_shape_tensor(pa.int8(), (P, E))
+    assert table.schema.field("global").type == pa.fixed_shape_tensor(pa.float16(), (G,))
+    np.testing.assert_array_equal(table["patches"].combine_chunks().to_numpy_ndarray(), patches)
+    found = duckdb.sql(f"select patches from '{path}' order by image_id").fetchall()
+    np.testing.assert_array_equal(np.array(found).reshape(n, P, E), patches)
+
+    listed = [
+        {"name": name, "scene": "", "size": 1, "modified_ns": 1, "image_id": i, "shard": number,
+         "status": catalog.PLANNED}
+        for i, (name, number, _) in enumerate(LINES) if number == 1
+    ]  # fmt: skip
+    planned = pa.Table.from_pylist(listed, schema=catalog.SCHEMA)
+    made.write_images(catalog.finish(planned, made.receipts(), made.shard_facts))
+    globals_, read = made.select().read()
+    assert (globals_.dtype, read.dtype) == (np.float16, np.int8)
+    np.testing.assert_array_equal(read, patches[[0, 2, 1]])  # by name
+
+
+def test_int8_descriptors_are_not_mixed_with_others(tmp_path):
+    made = EmbeddingStore.create(str(tmp_path), FEATURES | {"dtype": "int8"}, SHAPES | {"dtype": "int8"}, {})
+    made.check_features(FEATURES | {"dtype": "int8"})
+    with pytest.raises(StoreError, match="dtype: the store has 'int8', this run 'float16'"):
+        made.check_features(FEATURES | {"dtype": "float16"})
 
 
 def test_manifest_and_receipts_are_plain_json(store, tmp_path):

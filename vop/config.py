@@ -49,7 +49,7 @@ class EmbeddingConfig:
     whiten: int | None = 128
     """Width of a PCA whitening of the backbone's own tokens, fitted on a sample; null: none. With an encoder: none."""
     dtype: str = "float16"
-    """Type of stored descriptors: float16 or float32."""
+    """Type of stored patch descriptors: float16, float32 or int8 (half of float16; global ones are then float16)."""
     tokens: bool = False
     """Also store the backbone's own tokens (for training the encoder)."""
     sample: int = 256
@@ -74,7 +74,8 @@ class EmbeddingConfig:
     def __post_init__(self):
         _require("embedding.image_size", self.image_size, self.image_size > 0 and self.image_size % 14 == 0,
                  "a positive multiple of 14, the patch size")  # fmt: skip
-        _require("embedding.dtype", self.dtype, self.dtype in ("float16", "float32"), "float16 or float32")
+        _require("embedding.dtype", self.dtype, self.dtype in ("float16", "float32", "int8"),
+                 "float16, float32 or int8")  # fmt: skip
         _require("embedding.precision", self.precision, self.precision in (None, "float32", "bfloat16", "float16"),
                  "float32, bfloat16, float16 or null")  # fmt: skip
         _require("embedding.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "from 0 to 1")
@@ -108,12 +109,50 @@ class RetrievalConfig:
     """Queries sent to the actors at a time, and written to disk at a time."""
     timeout_s: float = 600.0
     """Longest wait for the answer of a search actor, seconds."""
+    cache: str | None = None
+    """Local directory for memory-mapped copies of the descriptors, on every node: the database need not fit in memory,
+    and a restarted actor is back at once. The copies stay. null: descriptors lie in memory."""
+    keep_votes: bool = True
+    """Keep the votes of all candidates in the run directory (about 0.3 KB a pair), so that images added later, another
+    `k` or other `weights` cost only what is new."""
+    reuse_gb: float = 1.0
+    """Memory for votes that serve both images of a pair, GB; beyond it pairs are scored from both sides. 0: off."""
 
     def __post_init__(self):
         _positive("retrieval", self, "k", "shortlist", "shards", "query_batch", "timeout_s")
+        _require("retrieval.reuse_gb", self.reuse_gb, self.reuse_gb >= 0, "0 or positive")
         _require("retrieval.weights", self.weights, self.weights in ("none", "idf", "tfidf"), "none, idf or tfidf")
         _require("retrieval.radius", self.radius, self.radius is None or 0 < self.radius < 2,
                  "a cosine distance between 0 and 2 (useful: 0.1 to 0.5), or null")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which pairs `register` lists in pairs.txt: unless something is set here, the ranking as it is."""
+
+    budget: int | None = None
+    """Most pairs listed, each counted once whichever image ranks the other; null: no limit."""
+    connect: bool = True
+    """Spend the budget first on what connects the images (the maximum spanning forest), not just on the best pairs."""
+    mutual: bool = False
+    """List ranked pairs only if each image has the other among its `retrieval.k` best."""
+    sequence: int | None = None
+    """List each image also with so many images that follow it in its folder, by name; null: none."""
+    neighbours: int | None = None
+    """List each image also with so many taken nearest to it (see `positions`); null: none."""
+    neighbour_distance_m: float | None = None
+    """Largest distance of such neighbours, metres; null: any."""
+
+    def __post_init__(self):
+        _positive("pairs", self, "budget", "sequence", "neighbours", "neighbour_distance_m")
+        _require("pairs.neighbour_distance_m", self.neighbour_distance_m,
+                 self.neighbour_distance_m is None or self.neighbours is not None,
+                 "null unless pairs.neighbours says how many")  # fmt: skip
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a list is chosen that is not the ranking."""
+        return self.mutual or any(value is not None for value in (self.budget, self.sequence, self.neighbours))
 
 
 @dataclass(frozen=True)
@@ -176,6 +215,9 @@ class Config:
     """Store of embeddings; null: `store` inside the output."""
     truth: str | None = None
     """Known overlaps to evaluate against: an overlap.parquet, or a folder with cameras.json and depth; null: none."""
+    positions: str | None = None
+    """Where images were taken, for `pairs.neighbours`: a folder with cameras.json, or a CSV or Parquet file (name and
+    x, y, z in metres, or lat, lon in degrees); null: cameras.json beside the images, else their GPS tags."""
     min_overlap: float = 0.3
     """Smallest true overlap that counts as seeing the same thing."""
     h5: str | None = None
@@ -190,6 +232,7 @@ class Config:
     """Trained encoder: a directory of ours or the original's checkpoint; null: the backbone's own tokens."""
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -207,7 +250,7 @@ class Config:
 
 # A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
 ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}
-PATHS = ("images", "queries", "database", "output", "store", "truth", "h5")
+PATHS = ("images", "queries", "database", "output", "store", "truth", "positions", "h5")
 
 
 def load(config_files: Iterable[str] = (), overrides: Iterable[str] = (), **values: object) -> Config:

@@ -30,6 +30,7 @@ from vop import catalog, files
 from vop.geometry import Camera
 from vop.image import patch_centers
 from vop.progress import progress
+from vop.quantised import float_type, stored, widen
 from vop.store import EmbeddingStore, Selection, tensor_column, tensor_values
 
 REQUIRED = ("keypoints", "descriptors", "global_descriptor", "image_size")
@@ -60,8 +61,8 @@ def export(
     """Write images of a store, one shard in memory at a time; yields the number of images written after each.
 
     `indices` are the lists of names below `indices/`, `cameras` the known ones by name. Descriptors keep the stored
-    type. The file appears when the iterator is exhausted, whole. Raises `H5Error` for a bucket or a name that the
-    layout has no place for.
+    type; int8 patches are written as the float32 unit vectors that they stand for. The file appears when the iterator
+    is exhausted, whole. Raises `H5Error` for a bucket or a name that the layout has no place for.
     """
     taken = next((name for name in selection.names if name.split("/")[0] == INDICES), None)
     if taken is not None:
@@ -79,6 +80,8 @@ def export(
             table = selection.store.read_shard(int(number), ["width", "height", "global", column])
             sizes = np.stack([table[side].to_numpy() for side in ("width", "height")], axis=1)  # NaN where unknown
             globals_, descriptors = tensor_values(table["global"]), tensor_values(table[column])
+            if descriptors.dtype == np.int8:
+                descriptors = widen(descriptors)
             here = np.flatnonzero(shards == number)
             for i in here:
                 name, row, scaled = selection.names[i], rows[i], scaled_sizes[i]
@@ -101,7 +104,7 @@ def _known(size: np.ndarray, scaled: np.ndarray, camera: Camera | None) -> dict[
 @dataclass(frozen=True)
 class FeatureFile:
     """A file to import. names: its images, sorted; indices: its lists of names; made_by: the features of the store it
-    was exported from, None for a file of other origin; dtype: the type to store descriptors in.
+    was exported from, None for a file of other origin; dtype: the type to store patches in.
     """
 
     path: str
@@ -168,7 +171,7 @@ class FeatureFile:
         """
         lines = planned.select(["image_id", "name"]).to_pylist()
         patches, width, global_width = self.shape
-        values = {"global": np.zeros((len(lines), global_width), self.dtype),
+        values = {"global": np.zeros((len(lines), global_width), float_type(self.dtype)),
                   "patches": np.zeros((len(lines), patches, width), self.dtype)}  # fmt: skip
         quarantined = []
         with _opened(self.path) as h5:
@@ -202,7 +205,10 @@ class FeatureFile:
         return dataclasses.replace(planned, images=store.finish()), waiting
 
     def _image(self, group: h5py.Group) -> tuple[dict, np.ndarray, np.ndarray]:
-        """Sizes, global descriptor (G,) and unit patches (P, D) of an image. Raises `H5Error`, without its name."""
+        """Sizes, global descriptor (G,) and unit patches (P, D) of an image, as stored.
+
+        Raises `H5Error`, without its name.
+        """
         found = _datasets(group)
         shape = _shape(found)
         if shape != self.shape:
@@ -221,13 +227,13 @@ class FeatureFile:
         if original.shape != (2,):
             raise H5Error(f"{ORIGINAL_SIZE} has shape {original.shape}; expected (2,)")
         with np.errstate(over="ignore"):
-            stored = global_descriptor.astype(self.dtype)
-        if not np.isfinite(stored).all():
+            narrow = global_descriptor.astype(float_type(self.dtype))
+        if not np.isfinite(narrow).all():
             raise H5Error(f"global_descriptor reaches {np.abs(global_descriptor).max():.4g}, too large for "
-                          f"{self.dtype}: import with embedding.dtype=float32")  # fmt: skip
+                          f"{narrow.dtype}: import with embedding.dtype=float32")  # fmt: skip
         sizes = dict(zip(("width", "height", "scaled_width", "scaled_height"), (*original, *scaled), strict=True))
         sizes = {key: None if value is None else int(value) for key, value in sizes.items()}
-        return sizes, stored, _unit(descriptors).astype(self.dtype)
+        return sizes, narrow, stored(_unit(descriptors), self.dtype)
 
 
 def _opened(path: str) -> h5py.File:

@@ -1,7 +1,11 @@
-"""Pair lists: `pairs.parquet` for programs, `pairs.txt` for hloc."""
+"""Pair lists: `pairs.parquet` (the ranking), `pair_list.parquet` (what was chosen from it), `pairs.txt` for hloc.
 
-from collections.abc import Callable, Iterable, Iterator
+`scenes.parquet` says which images hang together by the pairs of pairs.txt.
+"""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +24,24 @@ SCHEMA = pa.schema(
     ]
 )
 
+SOURCES = ("forest", "sequence", "neighbours", "best")  # in the order in which a budget is spent on them
+LIST_SCHEMA = pa.schema(
+    [
+        ("query", pa.string()),  # the first of the two names; each unordered pair stands in the list once
+        ("database", pa.string()),
+        ("weighted", pa.float32()),  # the larger of the two directions; null where neither was scored
+        ("source", pa.string()),  # why the pair is listed: one of `SOURCES`
+    ]
+)
+SCENES_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("component", pa.int32()),  # from 0, the largest first
+        ("size", pa.int32()),  # images of the component
+    ]
+)
+
+CHUNK = 1 << 20  # pairs held as names at a time
 FINGERPRINT = "made_by"  # key in the metadata of pairs.parquet
 
 
@@ -52,8 +74,46 @@ def written(output: str) -> str | None:
     return metadata.get(FINGERPRINT.encode(), b"").decode() or None
 
 
-def finish(output: str, names: Iterable[str]) -> dict[str, object]:
-    """Write pairs.txt from pairs.parquet; returns counts for the record.
+def read_rows(path: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of a file as positions in `names`: query and database (R,) int32, weighted scores (R,) float32."""
+    filesystem, inner = files.resolve(path)
+    known = pa.array(names, pa.string())
+    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        count = file.metadata.num_rows
+        query, database, weighted = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.float32)
+        start = 0
+        for part in file.iter_batches(CHUNK, columns=["query", "database", "weighted"]):
+            here = slice(start, start := start + part.num_rows)
+            query[here] = pc.index_in(part["query"], known).to_numpy()
+            database[here] = pc.index_in(part["database"], known).to_numpy()
+            weighted[here] = part["weighted"].to_numpy()
+    return query, database, weighted
+
+
+def write_list(
+    path: str, names: Sequence[str], low: np.ndarray, high: np.ndarray, weighted: np.ndarray, source: np.ndarray
+) -> None:
+    """Write chosen pairs in `LIST_SCHEMA`: low, high are positions in `names`, source in `SOURCES`; NaN: no score."""
+    known, sources = pa.array(names, pa.string()), pa.array(SOURCES, pa.string())
+    with files.atomic(path) as (filesystem, inner), pq.ParquetWriter(inner, LIST_SCHEMA, filesystem=filesystem) as out:
+        for start in range(0, len(low), CHUNK):
+            here = slice(start, start + CHUNK)
+            pair = [known.take(pa.array(rows[here])) for rows in (low, high)]
+            score = pa.array(weighted[here], from_pandas=True)  # NaN becomes null
+            out.write_table(pa.table([*pair, score, sources.take(pa.array(source[here]))], schema=LIST_SCHEMA))
+
+
+def write_scenes(path: str, names: Sequence[str], component: np.ndarray, sizes: np.ndarray) -> None:
+    """Write the connected component of every image and its size, by component, then name."""
+    order = np.argsort(component, kind="stable")
+    columns = [pa.array(names, pa.string()).take(pa.array(order)), pa.array(component[order])]
+    table = pa.table([*columns, pa.array(sizes[component[order]], pa.int32())], schema=SCENES_SCHEMA)
+    with files.atomic(path) as (filesystem, inner):
+        pq.write_table(table, inner, filesystem=filesystem)
+
+
+def finish(output: str, names: Iterable[str], listed: str = "pairs.parquet") -> dict[str, object]:
+    """Write pairs.txt from the file `listed` of the run; returns counts of pairs.parquet for the record.
 
     Where `names` cannot stand in pairs.txt it is not written, an older one is removed, and the reason is in the counts.
     """
@@ -64,7 +124,7 @@ def finish(output: str, names: Iterable[str]) -> dict[str, object]:
         counts["queries_with_pairs"] += pc.sum(pc.equal(part["rank"], 0)).as_py() or 0
     try:
         check_hloc_names(names)
-        write_hloc(text, iterate(parquet))
+        write_hloc(text, iterate(files.join(output, listed)))
     except PairsError as error:
         files.remove(text)
         counts["pairs_txt"] = f"not written: {error}"
@@ -97,7 +157,7 @@ def check_hloc_names(names: Iterable[str]) -> None:
     if bad:
         raise PairsError(
             f"{len(bad)} image names hold white space, the first {bad[0]!r}: hloc's pairs.txt splits its lines there. "
-            "Rename the files, or use pairs.parquet"
+            "Rename the files, or read the pairs from their Parquet file"
         )
 
 

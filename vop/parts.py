@@ -19,11 +19,11 @@ def fingerprint(*inputs: object) -> str:
 class Parts:
     """Numbered tables of a result that is fully determined by `fingerprint`.
 
-    They lie in `directory/parts-<fingerprint>/`; those of other inputs are never read.
+    They lie in `directory/<kind>-<fingerprint>/`; those of other inputs are never read.
     """
 
-    def __init__(self, directory: str, fingerprint: str):
-        self.directory, self.path = directory, files.join(directory, f"parts-{fingerprint}")
+    def __init__(self, directory: str, fingerprint: str, kind: str = "parts"):
+        self.directory, self.kind, self.path = directory, kind, files.join(directory, f"{kind}-{fingerprint}")
 
     def missing(self, count: int) -> list[int]:
         """Numbers below `count` whose part is not written."""
@@ -33,17 +33,27 @@ class Parts:
     def write(self, number: int, table: pa.Table) -> None:
         """Write a part."""
         with files.atomic(files.join(self.path, f"{number:06d}.parquet")) as (filesystem, inner):
-            pq.write_table(table, inner, filesystem=filesystem)
+            pq.write_table(table, inner, filesystem=filesystem, compression="zstd")
 
     def read(self, count: int) -> Iterator[pa.Table]:
         """The parts below `count`, in order."""
-        for number in range(count):
-            filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
-            yield pq.read_table(inner, filesystem=filesystem, partitioning=None)
+        return (self.read_one(number) for number in range(count))
 
-    def remove(self) -> None:
-        """Delete the parts once what they make up is written, and those that runs with other inputs left."""
-        filesystem, inner = files.resolve(self.directory)
-        for info in filesystem.get_file_info(pafs.FileSelector(inner)):
-            if info.base_name.startswith("parts-") and info.type == pafs.FileType.Directory:
-                filesystem.delete_dir(info.path)
+    def read_one(self, number: int) -> pa.Table:
+        """One part."""
+        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
+        return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+
+    @classmethod
+    def all_of(cls, directory: str, kind: str) -> list["Parts"]:
+        """The parts of this kind that lie in a directory, whatever inputs they follow from."""
+        filesystem, inner = files.resolve(directory)
+        found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        names = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+        return [cls(directory, name[len(kind) + 1 :], kind) for name in names if name.startswith(f"{kind}-")]
+
+    def remove(self, but_these: bool = False) -> None:
+        """Delete the parts of this kind, once what they make up is written; `but_these`: only those of other inputs."""
+        for parts in Parts.all_of(self.directory, self.kind):
+            if not (but_these and parts.path == self.path):
+                files.remove(parts.path)

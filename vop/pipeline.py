@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pyarrow as pa
 
 from vop import catalog, files, hdf5, pairs, run
@@ -10,11 +11,14 @@ from vop.config import Config, ConfigError
 from vop.datasets import rendered
 from vop.datasets.image_sets import ImageSets, open_image_sets, read_names
 from vop.datasets.posed import CAMERAS, PosedFolder, overlap_truth
+from vop.datasets.positions import read_positions
 from vop.embedding import hash_file
 from vop.evaluation import evaluate
 from vop.parts import Parts
 from vop.progress import progress
-from vop.retrieval.search import Search, choose_radius
+from vop.retrieval import graph
+from vop.retrieval.reuse import KEPT_IN, RECORD
+from vop.retrieval.search import Search, choose_radius, shared_scenes
 from vop.run import Run
 from vop.stages import cluster
 from vop.stages.embed import calibration, embed_shards
@@ -49,6 +53,8 @@ def retrieve(config: Config) -> Run:
     """Rank the database images of every query by predicted overlap."""
     if config.queries is None or (config.database is None and config.images is None):
         raise ConfigError("retrieve needs queries=FOLDER and database=FOLDER (folders, glob patterns or list files)")
+    if config.pairs.chosen:
+        raise ConfigError("pairs.* chooses among the pairs of one collection: use it with register, here retrieval.k")
     with run.start(config, "retrieve") as job, cluster.connect(config.cluster):
         if config.images is None and EmbeddingStore.is_imported(config.store_path):
             store, names = _as_stored(config, job), map(read_names, (config.queries, config.database))
@@ -165,25 +171,73 @@ def _opened(config: Config, listing: pa.Table) -> EmbeddingStore:
 
 def _paired(config: Config, job: Run, queries: Selection, database: Selection) -> None:
     """pairs.parquet and pairs.txt: per query the best database images; finished parts are not searched again."""
+    near = _near(config, job, database)  # before the search, so that positions that are missing are missed in time
     with job.step("radius"):
         radius = choose_radius(database, config.retrieval)
     search = Search(queries, database, config.retrieval, radius)
     fingerprint = search.fingerprint()
-    parts = Parts(config.output, fingerprint)
+    parts, kept = Parts(config.output, fingerprint), Parts(config.output, fingerprint, KEPT_IN)
     missing = [] if pairs.written(config.output) == fingerprint else parts.missing(search.n_batches)
-    with job.step("search"), progress("search", len(queries), search.queries_without(missing), "queries") as bar:
-        if missing:
-            with search_shards(search) as shards:
-                for number, ranked in shards.rank(search.batches(missing)):
-                    parts.write(number, ranked)
-                    bar.update(search.queries_in(number))
+    if missing:
+        _searched(config, job, search, parts, kept)
     with job.step("write pairs"):
         if pairs.written(config.output) != fingerprint:
             pairs.write(config.output, fingerprint, lambda: parts.read(search.n_batches))
         parts.remove()
-        job.counts |= pairs.finish(config.output, {*queries.names, *database.names})
+        kept.remove(but_these=config.retrieval.keep_votes)
+        for stale in ("pair_list.parquet", "scenes.parquet"):  # of another run in the same directory
+            files.remove(job.path(stale))
+        listed = _listed(config, job, database, near) if queries is database else "pairs.parquet"
+        job.counts |= pairs.finish(config.output, {*queries.names, *database.names}, listed)
     job.counts |= {"queries": len(queries), "database": len(database), "radius": radius}
     job.counts["searched_now"] = len(queries) - search.queries_without(missing)
+
+
+def _searched(config: Config, job: Run, search: Search, parts: Parts, kept: Parts) -> None:
+    """The missing parts of a search: ranked pairs, and the votes behind them for a later search to take up."""
+    missing = parts.missing(search.n_batches)
+    reuse = search.reuse(config.output, missing)
+    if config.retrieval.keep_votes:
+        files.write_json(files.join(kept.path, RECORD), search.record())
+    bar = progress("search", len(search.queries), search.queries_without(missing), "queries")
+    with job.step("search"), search_shards(search, reuse) as shards, bar as line:
+        for answer in shards.rank(missing):
+            if config.retrieval.keep_votes:
+                kept.write(answer.number, answer.kept)
+            parts.write(answer.number, answer.ranked)
+            line.set_postfix_str(shards.lag, refresh=False)
+            line.update(search.queries_in(answer.number))
+    job.counts |= shards.summary()
+
+
+def _near(config: Config, job: Run, images: Selection) -> dict[str, np.ndarray]:
+    """Pairs that are listed whatever their score, by `graph.choose`'s names: in sequence and near by position."""
+    near, asked = {}, config.pairs
+    if asked.sequence is not None:
+        near["sequence"] = graph.sequence(images.names, asked.sequence)
+    if asked.neighbours is not None:
+        with job.step("positions"):
+            positions = read_positions(config.positions, job.counts["root"], images.names)
+        job.counts["positions"] = int(np.isfinite(positions).all(axis=1).sum())
+        scenes = shared_scenes(images, images)[0] if config.retrieval.within_scene else None
+        near["neighbours"] = graph.neighbours(positions, asked.neighbours, asked.neighbour_distance_m, scenes)
+    return near
+
+
+def _listed(config: Config, job: Run, images: Selection, near: dict[str, np.ndarray]) -> str:
+    """scenes.parquet and, if pairs are to be chosen, pair_list.parquet; returns which file holds the pair list."""
+    asked, names, listed = config.pairs, images.names, "pairs.parquet"
+    found = graph.undirected(*pairs.read_rows(job.path(listed), names))
+    if asked.chosen:
+        chosen = graph.choose(found, len(images), asked.budget, asked.mutual, asked.connect, **near)
+        found, listed = chosen.pairs, "pair_list.parquet"
+        pairs.write_list(job.path(listed), names, found.low, found.high, found.score, chosen.source)
+        job.counts["pair_list"] = {"pairs": len(found), "to_connect": chosen.forest} | chosen.counts()
+    component, sizes = graph.components(found, len(images))
+    pairs.write_scenes(job.path("scenes.parquet"), names, component, sizes)
+    sizes = sizes.tolist()
+    job.counts |= {"components": len(sizes), "largest_component": sizes[0], "singletons": sizes.count(1)}
+    return listed
 
 
 def _judged(config: Config, job: Run, queries: Selection, database: Selection) -> None:

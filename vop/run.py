@@ -78,6 +78,7 @@ class Run:
                 f"  pairs        {counts['pairs']} for {counts['queries']} queries ({counts['searched_now']} searched "
                 f"by this run), {lonely} without any, radius {counts['radius']:g}"
             )
+        lines += self._graph()
         if "pairs_txt" in counts:
             lines.append(f"  pairs.txt    {counts['pairs_txt']}")
         if "exported" in counts:
@@ -92,6 +93,24 @@ class Run:
         if self.report:
             lines.append(f"  report       {self.report}")
         return "\n".join(lines)
+
+    def _graph(self) -> list[str]:
+        lines, counts = [], self.counts
+        if "pair_list" in counts:
+            listed = dict(counts["pair_list"])
+            total, short = listed.pop("pairs"), listed.pop("to_connect") - listed["forest"]
+            sources = ", ".join(f"{number} {source}" for source, number in listed.items())
+            lack = f"; {short} more would connect all that can be connected" if short > 0 else ""
+            lines.append(f"  pair list    {total} pairs chosen: {sources}{lack}")
+        if "components" in counts:
+            share = counts["largest_component"] / counts["queries"]
+            lines.append(
+                f"  scenes       {counts['components']} components, the largest with {share:.1%} of the images; "
+                f"{counts['singletons']} images alone"
+            )
+        if "positions" in counts:
+            lines.append(f"  positions    known of {counts['positions']} images")
+        return lines
 
     def _judgement(self) -> list[str]:
         if self.metrics is None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from vop import catalog, files
+from vop.quantised import float_type
 
 FORMAT = "vop-store-1"
 
@@ -91,18 +93,43 @@ class Selection:
         return Selection(self.store, self.rows.take(pa.array(np.asarray(indices, dtype=np.int64))))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Global descriptors (n, G) and patches (n, P, E) of these images, in this order and in the stored type."""
-        shards, rows = self.locations
+        """Global descriptors (n, G) and patches (n, P, E) of these images, in this order and in the stored type.
+
+        `vop.quantised.widen` makes float32 vectors of patches, whatever type they have.
+        """
         manifest = self.store.manifest
-        dtype = np.dtype(manifest["dtype"])
-        globals_ = np.empty((len(self), manifest["global_width"]), dtype)
-        patches = np.empty((len(self), manifest["patches"], manifest["width"]), dtype)
-        for number in np.unique(shards):
-            table = self.store.read_shard(int(number), ["global", "patches"])
-            here = np.flatnonzero(shards == number)
-            globals_[here] = tensor_values(table["global"])[rows[here]]
-            patches[here] = tensor_values(table["patches"])[rows[here]]
+        globals_ = np.empty((len(self), manifest["global_width"]), float_type(manifest["dtype"]))
+        patches = np.empty((len(self), manifest["patches"], manifest["width"]), manifest["dtype"])
+        self._fill({"global": globals_, "patches": patches})
         return globals_, patches
+
+    def read_mapped(self, directory: str) -> tuple[np.ndarray, np.ndarray]:
+        """Like `read`, but the patches are a read-only memory map of a file in a local directory.
+
+        The file is written if it is not there, one shard in memory at a time. Its name follows from the rows and from
+        the hashes of their shards, so that a later reader of the same rows on the same machine finds it.
+        """
+        manifest, receipts = self.store.manifest, self.store.receipts()
+        hashes = {int(number): receipts[number]["sha256"] for number in np.unique(self.locations[0])}
+        name = hashlib.sha256(json.dumps([hashes, self.image_ids]).encode()).hexdigest()[:32]
+        path, shape = Path(directory) / f"{name}.npy", (len(self), manifest["patches"], manifest["width"])
+        globals_ = np.empty((len(self), manifest["global_width"]), float_type(manifest["dtype"]))
+        if not path.exists():
+            with files.atomic(path) as (_, temporary):
+                patches = np.lib.format.open_memmap(temporary, "w+", manifest["dtype"], shape)
+                self._fill({"patches": patches})
+                patches.flush()
+        self._fill({"global": globals_})
+        return globals_, np.load(path, mmap_mode="r")
+
+    def _fill(self, columns: dict[str, np.ndarray]) -> None:
+        """Read columns of the images into arrays, a shard at a time."""
+        shards, rows = self.locations
+        for number in np.unique(shards):
+            table = self.store.read_shard(int(number), list(columns))
+            here = np.flatnonzero(shards == number)
+            for name, array in columns.items():
+                array[here] = tensor_values(table[name])[rows[here]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +144,8 @@ class EmbeddingStore:
         """Start an empty store.
 
         `features` says what makes the descriptors (see `check_features`); `shapes` holds `patches` P, `width` E,
-        `global_width` G, `token_width` D and `dtype`; `calibration` the arrays estimated on a sample.
+        `global_width` G, `token_width` D and `dtype`, the type of the patches and, unless that is int8, of all
+        descriptors; `calibration` holds the arrays estimated on a sample.
         """
         if calibration:
             files.write_bytes(files.join(path, "calibration.safetensors"), safetensors.save(calibration))
@@ -207,8 +235,10 @@ class EmbeddingStore:
         """
         path = files.join(self.path, f"{shard_name(number)}.parquet")
         with files.atomic(path) as (filesystem, inner):
-            # Descriptors look random: dictionaries, statistics and compression cost time and save nothing.
-            pq.write_table(table, inner, filesystem=filesystem, use_dictionary=False, write_statistics=False,
+            # Descriptors look random: dictionaries, statistics and compression cost time and save nothing. But Parquet
+            # has no type of one byte: int8 takes one by means of a dictionary of its 255 values, without it four.
+            in_bytes = ["patches.list.element"] if table["patches"].type.value_type == pa.int8() else False
+            pq.write_table(table, inner, filesystem=filesystem, use_dictionary=in_bytes, write_statistics=False,
                            compression="none")  # fmt: skip
         receipt = {
             "shard": number,

@@ -13,6 +13,7 @@ from vop.models.backbone import Backbone, load_backbone
 from vop.models.descriptor import Describer, patch_masks, unit
 from vop.models.encoder import Encoder, load_encoder
 from vop.models.whitening import Whitening, fit_whitening
+from vop.quantised import float_type, stored
 from vop.store import EmbeddingStore, tensor_column, tensor_values
 
 # Replicas fill the cores of a machine, not threads: that is faster, and the last bits of the descriptors then depend on
@@ -135,12 +136,14 @@ class Embedder:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Replace `pixels` by global (n, G), patches (n, P, E) and perhaps tokens (n, P, D); bad rows hold zeros."""
         pixels, scaled, fine = _decoded_images(decoded)
-        out = {name: np.zeros((len(pixels), *shape), self.config.dtype) for name, shape in self.shapes.items()}
+        types = {name: float_type(self.config.dtype) for name in self.shapes} | {"patches": self.config.dtype}
+        out = {name: np.zeros((len(pixels), *shape), types[name]) for name, shape in self.shapes.items()}
         for start in range(0, len(fine), self.config.batch_size):
             batch = fine[start : start + self.config.batch_size]
             tokens, global_descriptor = self.describer.tokens(pixels[batch], scaled[batch])
             out["global"][batch] = global_descriptor.cpu().numpy()
-            out["patches"][batch] = unit(self.describer.embed(tokens, scaled[batch])).cpu().numpy()
+            patches = unit(self.describer.embed(tokens, scaled[batch])).cpu().numpy()
+            out["patches"][batch] = stored(patches, self.config.dtype)
             if self.config.tokens:
                 out["tokens"][batch] = tokens.cpu().numpy()
         described = decoded.drop_columns(["pixels"])

@@ -1,177 +1,281 @@
-"""The inner loop of the votes: a matrix product whose entries are thresholded, summed and counted in registers.
+"""The inner loop of the votes: which patches of two images are similar, summed and counted exactly.
 
-The similarity matrix of two images is never written to memory. A tile of it, ``ROWS`` candidate patches by ``WIDTH``
-query patches, is held in vector registers while the kernel runs along E; then each entry above the threshold is added
-to its query patch's sum and count. The layout is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
-Multiplication" (ACM TOMS 34, 2008), with one packed operand.
+Two passes. `_screen` multiplies integers of 7 bits, nearly three times as fast as floats on a CPU with AVX2, and marks
+the pairs of patches that may be hits: those whose product exceeds the threshold minus a proven bound on the rounding.
+`_settle` computes the similarity of the marked pairs in float32, and that alone decides, so the first pass leaves no
+trace in the result. Where it marks too many, or on other processors, `_count_all` computes every similarity, in tiles
+held in registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34, 2008).
 
-Every similarity is one chain of fused multiply-adds from e = 0 to E - 1, and every sum runs over the candidate's
-patches in order. So the bits do not depend on the tiling, the batch, the number of shards or threads, or a BLAS
-library. That is the reason for an own kernel: OpenBLAS gives other bits for other shapes and thread counts. It needs
-a CPU with fused multiply-add (x86 since 2013, every 64-bit ARM); elsewhere the result is the same and slow.
+Every similarity is computed in one order (`vop.retrieval.tiles`) and every sum runs over the other image's patches in
+order. So the bits do not depend on the pass, the batch, which image comes first, the number of shards or threads, or a
+BLAS library. That is the reason for an own kernel: OpenBLAS gives other bits for other shapes and thread counts.
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.core.errors import TypingError
-from numba.extending import intrinsic
+from numba.extending import overload
 
-LANES = 8  # float32 numbers in one AVX2 register; narrower units split it, with the same result
-WIDTH = 3 * LANES  # query patches of a tile
-ROWS = 4  # candidate patches of a tile: 4 x 3 sums + 3 loads + 1 splat fill the 16 AVX2 registers
-UNROLL = 2  # steps along E per turn; the caller pads E to a multiple of it
+from vop.retrieval import tiles
+from vop.retrieval.tiles import LANES, LEVEL, ROWS, STEP, WIDTH
 
-_FLOAT = ir.FloatType()
-_INT = ir.IntType(32)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_INTS = ir.VectorType(_INT, LANES)
-_ZEROS = ir.Constant(_FLOATS, [0.0] * LANES)
+DENSE = 0.2  # share of marked pairs above which all similarities are computed: settling one costs about five times more
 
 
-def panels(patches: np.ndarray) -> np.ndarray:
-    """Pack query patches (P, E) float32 for `count_hits`: (ceil(P / WIDTH), E', WIDTH), zeros where P or E ends.
-
-    E' is E rounded up to a multiple of UNROLL. A zero patch at the end takes part in the loop; its result is dropped.
-    """
-    P, E = patches.shape
-    padded = np.zeros((-(-P // WIDTH) * WIDTH, even(E)), np.float32)
-    padded[:P, :E] = patches
-    return np.ascontiguousarray(padded.reshape(-1, WIDTH, padded.shape[1]).transpose(0, 2, 1))
+@njit(cache=True)
+def padded(size, multiple):
+    """`size` rounded up to a multiple."""
+    return -(-size // multiple) * multiple
 
 
-def even(E: int) -> int:
-    """E rounded up to a multiple of UNROLL: the row length that `count_hits` takes."""
-    return -(-E // UNROLL) * UNROLL
+def _widen(bits, out):
+    """Convert one row of patches, float16 given as uint16, float32 or int8, to float32."""
 
 
-def _splat(builder, scalar):
-    one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined), scalar, _INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * LANES))
+@overload(_widen, inline="always")
+def _widen_row(bits, out):
+    if bits.dtype == types.float32:
 
+        def copy(bits, out):
+            for e in range(bits.shape[0]):
+                out[e] = bits[e]
 
-def _load(builder, pointer, vector):
-    value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-    value.align = 4
-    return value
+        return copy
 
+    if bits.dtype == types.int8:
 
-def _store(builder, value, pointer):
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
+        def normalise(bits, out):  # the same bits as `vop.quantised.widen`
+            squares = 0
+            for e in range(bits.shape[0]):
+                squares += np.int64(bits[e]) * np.int64(bits[e])
+            scale = np.float32(1 / np.sqrt(np.float64(squares))) if squares else np.float32(0)
+            for e in range(bits.shape[0]):
+                out[e] = np.float32(bits[e]) * scale
 
+        return normalise
 
-def _tile(rows):
-    """Make the intrinsic `tile(panels, b, y, s, threshold, sums, counts)` for candidate patches s .. s + rows - 1."""
+    def convert(bits, out):
+        # The exponent moves to its place and is re-biased by one product with 2**112, right for subnormals too; the
+        # compiler makes vector code of it, more than ten times as fast as NumPy's conversion.
+        words = out.view(np.uint32)
+        for e in range(bits.shape[0]):
+            word = np.uint32(bits[e])
+            words[e] = ((word & np.uint32(0x7FFF)) << np.uint32(13)) | ((word & np.uint32(0x8000)) << np.uint32(16))
+        for e in range(bits.shape[0]):
+            out[e] *= np.float32(2.0**112)
 
-    @intrinsic
-    def tile(typing_context, panels, b, y, s, threshold, sums, counts):
-        for array, dtype in ((panels, types.float32), (y, types.float32), (sums, types.float32), (counts, types.int32)):
-            if array.layout != "C" or array.dtype != dtype:  # read through bare pointers below
-                raise TypingError(f"count_hits was given {array}, expected C-contiguous {dtype}")
-
-        def generate(context, builder, signature, arguments):
-            arrays = [
-                context.make_array(signature.args[i])(context, builder, arguments[i]) if i in (0, 2, 5, 6) else None
-                for i in range(7)
-            ]
-            _, b, _, s, threshold, _, _ = arguments
-            E = builder.extract_value(arrays[2].shape, 1)
-            index = E.type
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
-            )
-            columns = range(WIDTH // LANES)
-            panel = builder.gep(arrays[0].data, [builder.mul(b, builder.mul(E, index(WIDTH)))])
-            lines = [builder.gep(arrays[2].data, [builder.mul(builder.add(s, index(i)), E)]) for i in range(rows)]
-
-            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            e = builder.phi(index)
-            start = [[builder.phi(_FLOATS) for _ in columns] for _ in range(rows)]
-            dots = [list(line) for line in start]
-            for step in range(UNROLL):
-                here = builder.add(e, index(step))
-                offset = builder.mul(here, index(WIDTH))
-                x = [
-                    _load(builder, builder.gep(panel, [builder.add(offset, index(LANES * c))]), _FLOATS)
-                    for c in columns
-                ]
-                for i in range(rows):
-                    value = _splat(builder, builder.load(builder.gep(lines[i], [here])))
-                    for c in columns:
-                        dots[i][c] = builder.call(fma, [x[c], value, dots[i][c]])
-            following = builder.add(e, index(UNROLL))
-            e.add_incoming(index(0), before)
-            e.add_incoming(following, loop)
-            for i in range(rows):
-                for c in columns:
-                    start[i][c].add_incoming(_ZEROS, before)
-                    start[i][c].add_incoming(dots[i][c], loop)
-            builder.cbranch(builder.icmp_signed("<", following, E), loop, after)
-
-            builder.position_at_end(after)
-            bound = _splat(builder, threshold)
-            for c in columns:
-                place = builder.add(builder.mul(b, index(WIDTH)), index(LANES * c))
-                sum_at, count_at = (builder.gep(arrays[i].data, [place]) for i in (5, 6))
-                total, number = _load(builder, sum_at, _FLOATS), _load(builder, count_at, _INTS)
-                for i in range(rows):
-                    hit = builder.fcmp_ordered(">", dots[i][c], bound)
-                    total = builder.fadd(total, builder.select(hit, dots[i][c], _ZEROS))
-                    number = builder.sub(number, builder.sext(hit, _INTS))
-                _store(builder, total, sum_at)
-                _store(builder, number, count_at)
-            return context.get_dummy_value()
-
-        return types.void(panels, types.intp, y, types.intp, types.float32, sums, counts), generate
-
-    return tile
-
-
-_tile_full, _tile_single = _tile(ROWS), _tile(1)
+    return convert
 
 
 @njit(nogil=True, cache=True)
-def count_hits(panels, y, threshold, sums, counts):
-    """Sum and count, for every query patch, its similarities above `threshold` to the candidate's patches.
-
-    panels (B, E, WIDTH) float32 from `panels`; y (S, E) float32, C-contiguous, E a multiple of UNROLL; threshold
-    float32, strict; sums (B * WIDTH,) float32 and counts (B * WIDTH,) int32 are overwritten. Releases the GIL.
-    """
-    blocks, E, width = panels.shape
-    if width != WIDTH or y.shape[1] != E or E == 0 or E % UNROLL:
-        raise ValueError("panels and candidate differ in width, or are not padded: pack both for this kernel")
-    if sums.size != blocks * WIDTH or counts.size != blocks * WIDTH:
-        raise ValueError("sums and counts must hold one number for each packed query patch")
-    sums[:] = 0
-    counts[:] = 0
-    full = y.shape[0] - y.shape[0] % ROWS
-    for b in range(blocks):
-        for s in range(0, full, ROWS):
-            _tile_full(panels, b, y, s, threshold, sums, counts)
-        for s in range(full, y.shape[0]):
-            _tile_single(panels, b, y, s, threshold, sums, counts)
-
-
-@njit(nogil=True, cache=True)
-def widen(bits, mask, out):
-    """Convert the finite float16 patches where `mask` (S,) is True, given as their bits (S, E) uint16, to float32.
-
-    They fill the first rows of `out` (S, E' >= E); returns how many. Exact. The exponent is moved to its place and
-    re-biased by one product with 2**112, which is right for subnormals too; the compiler makes vector code of it, more
-    than ten times as fast as NumPy's conversion.
-    """
-    words = out.view(np.uint32)
+def _widen_image(patches, mask, out):
+    """Fill the first rows of `out` with the patches where `mask` is True; returns how many."""
     n = 0
-    for s in range(bits.shape[0]):
-        if not mask[s]:
-            continue
-        for e in range(bits.shape[1]):
-            word = np.uint32(bits[s, e])
-            words[n, e] = ((word & np.uint32(0x7FFF)) << np.uint32(13)) | ((word & np.uint32(0x8000)) << np.uint32(16))
-        for e in range(bits.shape[1]):
-            out[n, e] *= np.float32(2.0**112)
-        n += 1
+    for s in range(patches.shape[0]):
+        if mask[s]:
+            _widen(patches[s], out[n])
+            n += 1
     return n
+
+
+@njit(nogil=True, cache=True)
+def _quantise(x, out):
+    """Round x (E,) to scale * q with whole q, |q| <= LEVEL, and write q + LEVEL to `out` (E,) uint8.
+
+    Returns scale, |x| and |x - scale * q|, the norms rounded up, so that they bound the true ones.
+    """
+    scale, norm, rest = tiles.round_row(x, out)
+    more = np.float32(1 + x.shape[0] * 2.0**-22)
+    norm = np.sqrt(norm) * more
+    return scale, norm, np.sqrt(rest) * more + norm * np.float32(2.0**-22)
+
+
+@njit(nogil=True, cache=True)
+def pack(patches, mask, x, panels, offset, scale, error, norms):
+    """Prepare one query: patches (P, E) float16 as uint16 or float32, mask (P,) bool; returns how many take part.
+
+    x       (P, E') float32: the patches that take part, first; E' is E rounded up to a multiple of STEP
+    panels  (P' / WIDTH, E' / 4, WIDTH) uint32, zeros; P' is P rounded up to a multiple of WIDTH. Four integers a word
+    offset  (P',) int32; scale, error (P',) float32: what `screen_tile` takes
+    norms   (2,) float32: the largest |x| and the largest |scale * q|
+    """
+    n = _widen_image(patches, mask, x)
+    shifted = np.empty(x.shape[1], np.uint8)
+    norms[:] = 0
+    for p in range(n):
+        scale[p], norm, error[p] = _quantise(x[p], shifted)
+        total = 0
+        for e in range(shifted.shape[0]):
+            total += np.int32(shifted[e])
+            shifted[e] -= np.uint8(LEVEL)
+        words = shifted.view(np.uint32)
+        for e in range(words.shape[0]):
+            panels[p // WIDTH, e, p % WIDTH] = words[e]
+        offset[p] = -LEVEL * (total - LEVEL * shifted.shape[0])
+        norms[0], norms[1] = max(norms[0], norm), max(norms[1], norm + error[p])
+    for p in range(n, scale.shape[0]):
+        offset[p], scale[p], error[p] = 0, 0, -np.inf  # never marked
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _screen(query, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
+    """Write the pairs of patches that may be hits to p and s (4 entries longer than needed); returns how many.
+
+    <x, y> = scale scale' <q, q'> + <scale q, rest'> + <rest, y>, where a rest is what `_quantise` rounds off. So, by
+    Cauchy and Schwarz, the products of integers miss a similarity by at most |scale q| |rest'| + |rest| |y|.
+    """
+    panels, offset, scale, error, largest = query
+    rows = padded(n, ROWS)
+    slack = (levels.shape[1] + 64) * 2.0**-24 * largest[0]  # roundings of the similarity and of this comparison
+    for i in range(n):
+        slope[i] = norms[i] / steps[i]
+        bound[i] = (threshold - slack * norms[i] - largest[1] * rests[i]) / steps[i]
+    bound[n:rows] = np.inf
+    for b in range(panels.shape[0]):
+        for i in range(0, rows, ROWS):
+            tiles.screen_tile(panels, b, offset, scale, error, levels, i, slope, bound, marks)
+    found = 0
+    for group in range(marks.shape[0]):
+        for i in range(n):
+            bits = marks[group, i]
+            lane = 0
+            while bits:
+                if bits & 1:
+                    p[found], s[found] = group * LANES + lane, i
+                    found += 1
+                bits >>= 1
+                lane += 1
+    return found
+
+
+if not tiles.SCREENS:  # no such instructions: every similarity is computed
+
+    @njit(nogil=True, cache=True)
+    def _screen(query, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
+        return -1
+
+
+@njit(nogil=True, cache=True)
+def _settle(x, y, p, s, found, threshold, out, sums, counts, other_sums, other_counts):
+    """Count the hits among the marked pairs, for the query's patches and for the candidate's."""
+    p[found : found + 3], s[found : found + 3] = 0, 0
+    for i in range(0, found, 4):
+        tiles.similarities(x, p, y, s, out, i)
+    for i in range(found):
+        if out[i] > threshold:
+            sums[p[i]] += out[i]
+            counts[p[i]] += 1
+            other_sums[s[i]] += out[i]
+            other_counts[s[i]] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_all(x, n, y, m, threshold, panels, sums, counts):
+    """Count all hits of the n patches of x in the m patches of y; `panels` is scratch for x."""
+    panels[:] = 0
+    for p in range(n):
+        for e in range(x.shape[1]):
+            panels[p // WIDTH, e, p % WIDTH] = x[p, e]
+    full = m - m % ROWS
+    for b in range(-(-n // WIDTH)):
+        for s in range(0, full, ROWS):
+            tiles.tile_full(panels, b, y, s, threshold, sums, counts)
+        for s in range(full, m):
+            tiles.tile_single(panels, b, y, s, threshold, sums, counts)
+
+
+def stack(patches, masks):
+    """Prepare queries, patches (Q, P, E) float16 or float32 and masks (Q, P), for `count_hits`; see `pack`."""
+    Q, P, E = patches.shape
+    wide, E = padded(P, WIDTH), padded(E, STEP)
+    queries = (
+        np.zeros((Q, P, E), np.float32),
+        np.zeros((Q, wide // WIDTH, E // 4, WIDTH), np.uint32),
+        np.empty((Q, wide), np.int32),
+        np.empty((Q, wide), np.float32),
+        np.empty((Q, wide), np.float32),
+        np.empty((Q, 2), np.float32),
+    )
+    sizes = np.empty(Q, np.int64)
+    for q in range(Q):
+        sizes[q] = pack(as_bits(patches[q]), masks[q], *(array[q] for array in queries))
+    return *queries, sizes
+
+
+def as_bits(patches):
+    """Stored patches as the kernel reads them: float16 as uint16, since numba knows no float16."""
+    patches = np.asarray(patches)
+    if patches.dtype == np.float16:
+        return patches.view(np.uint16)
+    if patches.dtype in (np.float32, np.int8):
+        return patches
+    raise ValueError(f"patches are {patches.dtype}, expected float16, float32 or int8")
+
+
+@njit(nogil=True, cache=True)
+def count_hits(queries, patches, masks, place, query, mutual, threshold, screens):
+    """Votes of pairs of images in both directions, sparse: only patches with a hit are named.
+
+    queries    x (Q, P0, E'), panels, offset, scale, error, norms stacked over Q, and their sizes (Q,), from `pack`
+    patches    (n, P1, E) float16 as uint16, or float32; masks (n, P1) bool: True where a patch takes part
+    place      (m,) int64 which of `patches`, equal ones side by side; query (m,) int64 which query
+    mutual     (m,) bool: whether the candidate's patches are wanted too
+    threshold  float32, strict; screens: whether to try integers first
+
+    Returns, for the queries' patches and then for the candidates', (ends (m,) int64, patch uint16, count uint16,
+    sum float32): pair i has the entries ends[i - 1] .. ends[i]. Releases the GIL.
+    """
+    x, panels, offset, scale, error, norms, sizes = queries
+    if x.shape[2] != padded(patches.shape[2], STEP):
+        raise ValueError("queries and candidates differ in width: pack both for this kernel")
+    m, P0, P1, E = place.shape[0], x.shape[1], patches.shape[1], x.shape[2]
+    ends, others_ends = np.empty(m, np.int64), np.empty(m, np.int64)
+    patch, count, total = np.empty(m * P0, np.uint16), np.empty(m * P0, np.uint16), np.empty(m * P0, np.float32)
+    others = np.empty(m * P1, np.uint16), np.empty(m * P1, np.uint16), np.empty(m * P1, np.float32)
+    wide = scale.shape[1]
+    sums, counts = np.empty(wide, np.float32), np.empty(wide, np.int32)
+    other_sums, other_counts = np.empty(P1, np.float32), np.empty(P1, np.int32)
+    y = np.zeros((P1, E), np.float32)
+    rows = padded(P1, ROWS)
+    levels = np.zeros((rows, E), np.uint8)
+    steps, lengths, rests = np.empty(P1, np.float32), np.empty(P1, np.float32), np.empty(P1, np.float32)
+    slope, bound = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    marks = np.empty((wide // LANES, rows), np.uint8)
+    p, s = np.empty(P0 * P1 + 4, np.uint32), np.empty(P0 * P1 + 4, np.uint32)
+    out = np.empty(P0 * P1 + 4, np.float32)
+    scratch = np.empty((wide // WIDTH, E, WIDTH), np.float32)
+    back = np.empty((padded(P1, WIDTH) // WIDTH, E, WIDTH), np.float32)
+    back_sums, back_counts = np.empty(back.shape[0] * WIDTH, np.float32), np.empty(back.shape[0] * WIDTH, np.int32)
+    at, other_at, size = 0, 0, 0
+    for i in range(m):
+        if i == 0 or place[i] != place[i - 1]:
+            size = _widen_image(patches[place[i]], masks[place[i]], y)
+            if screens:
+                for j in range(size):
+                    steps[j], lengths[j], rests[j] = _quantise(y[j], levels[j])
+        k = query[i]
+        n = sizes[k]
+        sums[:], counts[:], other_sums[:], other_counts[:] = 0, 0, 0, 0
+        found = -1
+        if screens:
+            packed = panels[k], offset[k], scale[k], error[k], norms[k]
+            found = _screen(packed, size, levels, steps, lengths, rests, threshold, slope, bound, marks, p, s)
+        if 0 <= found <= DENSE * n * size:
+            _settle(x[k], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
+        else:
+            _count_all(x[k], n, y, size, threshold, scratch, sums, counts)
+            if mutual[i]:
+                back_sums[:], back_counts[:] = 0, 0
+                _count_all(y, size, x[k], n, threshold, back, back_sums, back_counts)
+                other_sums[:], other_counts[:] = back_sums[:P1], back_counts[:P1]
+        for j in range(n):
+            if counts[j]:
+                patch[at], count[at], total[at] = j, counts[j], sums[j]
+                at += 1
+        for j in range(size if mutual[i] else 0):
+            if other_counts[j]:
+                others[0][other_at], others[1][other_at], others[2][other_at] = j, other_counts[j], other_sums[j]
+                other_at += 1
+        ends[i], others_ends[i] = at, other_at
+    forward = ends, patch[:at].copy(), count[:at].copy(), total[:at].copy()
+    return forward, (others_ends, others[0][:other_at].copy(), others[1][:other_at].copy(), others[2][:other_at].copy())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 import faiss
@@ -14,9 +15,12 @@ from vop.catalog import evenly_spread
 from vop.config import ILLUSTRATED, RetrievalConfig
 from vop.image import patch_mask
 from vop.parts import fingerprint
+from vop.quantised import widen
 from vop.retrieval import voting
-from vop.retrieval.index import BatchVotes, ShardIndex, memory_bytes
+from vop.retrieval.index import ShardIndex, memory_bytes
+from vop.retrieval.reuse import Earlier, Reuse, kept_table
 from vop.retrieval.shortlist import Shortlist
+from vop.retrieval.voting import PairVotes
 from vop.store import Selection
 
 # Pairs as they are ranked; the first pair of an illustrated query also carries the weights of its patches.
@@ -28,8 +32,9 @@ RANKED = pairs.SCHEMA.append(pa.field("patch_weights", pa.list_(pa.float32())))
 class QueryBatch:
     """Q queries as they travel to the shards.
 
-    globals (Q, G) and patches (Q, P, E) in the stored type; masks (Q, P) bool or None: padding votes too; exclude (Q,)
-    int64, the query's own database row or -1; scenes (Q,) int64 or None: any scene will do.
+    globals (Q, G) float32 and patches (Q, P, E) in the stored type; masks (Q, P) bool or None: padding votes too;
+    exclude (Q,) int64, the query's own database row or -1; scenes (Q,) int64 or None: any scene will do; settled (Q,)
+    bool or None: queries for whose shortlist only the fresh rows are searched, because the rest is known.
     """
 
     number: int
@@ -38,6 +43,7 @@ class QueryBatch:
     masks: np.ndarray | None
     exclude: np.ndarray
     scenes: np.ndarray | None
+    settled: np.ndarray | None
 
 
 def masks(selection: Selection) -> np.ndarray:
@@ -63,14 +69,69 @@ class Search:
 
     def fingerprint(self) -> str:
         """Equal for searches that give equal parts: the same descriptors, sets and settings."""
-        settings = dataclasses.asdict(self.retrieval)
-        for name in ("shards", "timeout_s"):  # where and how long, not what
-            del settings[name]
         rows = [fingerprint(side.rows.to_pydict()) for side in (self.queries, self.database)]
-        store = self.database.store
-        receipts = {number: receipt["sha256"] for number, receipt in store.receipts().items()}
-        made_with = version("vop"), store.manifest["features"], receipts
-        return fingerprint(made_with, rows, settings, self.radius)
+        ranking = self.retrieval.k, self.retrieval.weights, self.retrieval.query_batch
+        return fingerprint(self.settings(), rows, self.shard_hashes(), ranking)
+
+    def settings(self) -> str:
+        """Equal for searches in which a pair of images has the same votes, whatever else is in the database."""
+        settings = dataclasses.asdict(self.retrieval)
+        for name in ("k", "weights", "query_batch"):  # decide what becomes of the votes
+            del settings[name]
+        for name in ("timeout_s", "reuse_gb", "keep_votes", "cache"):  # where and how long, not what
+            del settings[name]
+        if self.exact:
+            del settings["shards"]
+        return fingerprint(version("vop"), self.database.store.manifest["features"], settings, self.radius)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the answer follows from the descriptors alone, and not from how an index was trained on a shard."""
+        return self.retrieval.index == "Flat"
+
+    def shard_hashes(self) -> dict[int, str]:
+        """SHA-256 of the store's shards that hold the images of this search, by number."""
+        receipts = self.database.store.receipts()
+        used = {number for side in (self.queries, self.database) for number in np.unique(side.locations[0]).tolist()}
+        return {number: receipts[number]["sha256"] for number in sorted(used)}
+
+    def record(self) -> dict:
+        """What a later search must know of the votes that are kept of this one; see `reuse.Earlier`."""
+        return {
+            "settings": self.settings(),
+            "shards": {str(number): sha for number, sha in self.shard_hashes().items()},
+            "batches": self.n_batches,
+            "query_batch": self.retrieval.query_batch,
+            "queries": self.queries.image_ids,
+            "database": self.database.image_ids,
+        }
+
+    def reuse(self, output: str, numbers: Sequence[int]) -> Reuse:
+        """What need not be counted to answer these batches, given the votes that earlier searches left in `output`."""
+        earlier = Earlier.find(output, self.settings(), self.shard_hashes()) if self.exact else None
+        return Reuse(
+            *self._ids,
+            self.own_rows,
+            self.retrieval.query_batch,
+            numbers,
+            earlier,
+            self.retrieval.shortlist is None,
+            self.retrieval.reuse_gb * 1e9,
+        )
+
+    @cached_property
+    def own_rows(self) -> np.ndarray:
+        """(Q,) int64: the database row of every query, -1 where it is not in the database."""
+        rows = {image_id: row for row, image_id in enumerate(self.database.image_ids)}
+        return np.array([rows.get(image_id, -1) for image_id in self.queries.image_ids], np.int64)
+
+    @cached_property
+    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.array(side.image_ids, np.int64) for side in (self.queries, self.database))
+
+    @cached_property
+    def _scene_codes(self) -> tuple[np.ndarray, np.ndarray]:
+        return shared_scenes(self.queries, self.database)
 
     @property
     def n_batches(self) -> int:
@@ -85,6 +146,7 @@ class Search:
         """Queries of all batches but the missing ones."""
         return len(self.queries) - sum(self.queries_in(number) for number in missing)
 
+    @cached_property
     def chosen(self) -> set[str]:
         """Names of the illustrated queries, evenly spread over all of them."""
         return {self.queries.names[i] for i in evenly_spread(len(self.queries), ILLUSTRATED)}
@@ -93,11 +155,9 @@ class Search:
         size = self.retrieval.query_batch
         return np.arange(number * size, min((number + 1) * size, len(self.queries)))
 
-    def batches(self, numbers: Sequence[int]) -> Iterator[QueryBatch]:
+    def batches(self, numbers: Sequence[int], reuse: Reuse) -> Iterator[QueryBatch]:
         """Read these batches of queries from the store, one at a time."""
-        rows = {image_id: row for row, image_id in enumerate(self.database.image_ids)}
-        own = np.array([rows.get(image_id, -1) for image_id in self.queries.image_ids], np.int64)
-        scenes = shared_scenes(self.queries, self.database)[0] if self.retrieval.within_scene else None
+        scenes = self._scene_codes[0] if self.retrieval.within_scene else None
         for number in numbers:
             positions = self._positions(number)
             part = self.queries.take(positions)
@@ -107,19 +167,35 @@ class Search:
                 globals_.astype(np.float32),
                 patches,
                 masks(part) if self.retrieval.mask_padding else None,
-                own[positions],
+                self.own_rows[positions],
                 None if scenes is None else scenes[positions],
+                reuse.recall(number),
             )
 
-    def index(self, rows: np.ndarray) -> ShardIndex:
-        """The index of one shard, these rows of the database: reads their descriptors from the store."""
+    def candidates(self, batch: QueryBatch, shortlist: Shortlist | None) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of a batch that are candidates: positions in the batch and database rows, (m,) int64 each."""
+        if shortlist is not None:
+            return np.repeat(np.arange(len(shortlist)), np.diff(shortlist.offsets)), shortlist.rows
+        allowed = np.ones((len(batch.exclude), len(self.database)), bool)
+        if batch.scenes is not None:
+            allowed = batch.scenes[:, None] == self._scene_codes[1][None]
+        own = np.flatnonzero(batch.exclude >= 0)
+        allowed[own, batch.exclude[own]] = False
+        return np.nonzero(allowed)
+
+    def index(self, rows: np.ndarray, fresh: np.ndarray | None) -> ShardIndex:
+        """The index of one shard, these rows of the database: reads their descriptors from the store.
+
+        fresh (n,) bool: which of them the settled queries are searched among.
+        """
         faiss.omp_set_num_threads(1)  # shards run side by side
         part = self.database.take(rows)
-        globals_, patches = part.read()
+        cache = self.retrieval.cache
+        globals_, patches = part.read() if cache is None else part.read_mapped(cache)
         factory = None if self.retrieval.index == "Flat" else self.retrieval.index
         image = masks(part) if self.retrieval.mask_padding else None
-        scenes = shared_scenes(self.queries, self.database)[1][rows] if self.retrieval.within_scene else None
-        return ShardIndex(patches, globals_, rows, image, scenes, factory)
+        scenes = self._scene_codes[1][rows] if self.retrieval.within_scene else None
+        return ShardIndex(patches, globals_, rows, image, scenes, factory, fresh)
 
     def memory_bytes(self, rows: int) -> int:
         """Memory that a shard of so many rows needs."""
@@ -127,32 +203,40 @@ class Search:
         shape = manifest["patches"], manifest["width"], manifest["dtype"], manifest["global_width"]
         return memory_bytes(rows, *shape)
 
-    def rank(self, batch: QueryBatch, shortlist: Shortlist | None, votes: Sequence[BatchVotes]) -> pa.Table:
-        """Weigh and rank the answers of all shards to a batch: its pairs, in `RANKED`."""
-        chosen = self.chosen()
-        tables = []
+    def rank(self, batch: QueryBatch, shortlist: Shortlist | None, queries: np.ndarray, votes: PairVotes) -> pa.Table:
+        """Weigh and rank the votes of a batch, of all shards: its pairs, in `RANKED`.
+
+        `queries` are the positions in the batch of its candidates (see `candidates`), those without votes too.
+        """
+        candidates = np.bincount(queries, minlength=len(batch.exclude))
+        columns: dict[str, list] = {name: [] for name in RANKED.names}
         for q, position in enumerate(self._positions(batch.number)):
             name = self.queries.names[position]
-            merged = voting.merge([part[q] for part in votes])
-            plain, weighted = voting.scores(merged, "none"), voting.scores(merged, self.retrieval.weights)
-            kept = voting.best(weighted, merged.rows, self.retrieval.k)
-            listed = {} if shortlist is None else {int(row): rank for rank, row in enumerate(shortlist[q])}
-            ranks = [listed.get(int(row)) for row in merged.rows[kept]]
+            P = batch.patches.shape[1] if batch.masks is None else int(batch.masks[q].sum())
+            found = votes.of(q, P, int(candidates[q]))
+            plain, weighted = voting.scores(found, "none"), voting.scores(found, self.retrieval.weights)
+            kept = voting.best(weighted, found.rows, self.retrieval.k)
+            listed = {} if shortlist is None else {row: rank for rank, row in enumerate(shortlist[q].tolist())}
+            ranks = [listed.get(row) for row in found.rows[kept].tolist()]
             weights = [None] * len(kept)
-            if name in chosen and weights:
-                weights[0] = _patch_weights(merged, batch, q, self.retrieval.weights)
-            columns = {
-                "query": [name] * len(kept),
-                "database": [self.database.names[row] for row in merged.rows[kept]],
-                "rank": np.arange(len(kept)),
-                "score": plain[kept],
-                "weighted": weighted[kept],
-                "shortlist_rank": ranks,
-                "shortlist_score": [None if rank is None else shortlist.scores_of(q)[rank] for rank in ranks],
-                "patch_weights": weights,
-            }
-            tables.append(pa.table([pa.array(columns[field.name], field.type) for field in RANKED], schema=RANKED))
-        return pa.concat_tables(tables)
+            if name in self.chosen and weights:
+                weights[0] = _patch_weights(found, batch, q, self.retrieval.weights)
+            columns["query"] += [name] * len(kept)
+            columns["database"] += [self.database.names[row] for row in found.rows[kept]]
+            columns["rank"] += range(len(kept))
+            columns["score"] += plain[kept].tolist()
+            columns["weighted"] += weighted[kept].tolist()
+            columns["shortlist_rank"] += ranks
+            columns["shortlist_score"] += [
+                None if rank is None else float(shortlist.scores_of(q)[rank]) for rank in ranks
+            ]
+            columns["patch_weights"] += weights
+        return pa.table([pa.array(columns[field.name], field.type) for field in RANKED], schema=RANKED)
+
+    def kept(self, batch: QueryBatch, shortlist: Shortlist | None, votes: PairVotes) -> pa.Table:
+        """The votes of a batch as a later search may take them up, in `reuse.KEPT`."""
+        queries, database = self._ids
+        return kept_table(queries[self._positions(batch.number)], database, shortlist, votes)
 
 
 def _patch_weights(votes: voting.Votes, batch: QueryBatch, q: int, kind: str) -> np.ndarray:
@@ -170,4 +254,4 @@ def choose_radius(database: Selection, retrieval: RetrievalConfig) -> float:
     sample = database.take(voting.radius_sample(len(database)))
     _, patches = sample.read()
     image = masks(sample) if retrieval.mask_padding else np.ones(patches.shape[:2], bool)
-    return voting.automatic_radius([x[mask] for x, mask in zip(patches, image, strict=True)])
+    return voting.automatic_radius([widen(x[mask]) for x, mask in zip(patches, image, strict=True)])

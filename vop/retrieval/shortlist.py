@@ -68,12 +68,14 @@ class GlobalIndex:
     rows      (n,) int64 database rows, no two equal
     scenes    (n,) int codes, or None: queries may then not be restricted to a scene
     factory   a FAISS ``index_factory`` string, trained on a fixed sample; None is the exact flat index
+    fresh     (n,) bool, or None: the rows among which settled queries are searched
     """
 
-    def __init__(self, globals, rows, scenes=None, factory: str | None = None):
+    def __init__(self, globals, rows, scenes=None, factory: str | None = None, fresh=None):
         self._globals = globals
         self._rows = np.asarray(rows, np.int64)
         self._scenes = None if scenes is None else np.asarray(scenes)
+        self._fresh = None if fresh is None else np.asarray(fresh, bool)
         self._exact = factory is None
         self._largest = 0.0
         self._index = faiss.index_factory(globals.shape[1], factory or "Flat", faiss.METRIC_INNER_PRODUCT)
@@ -85,11 +87,12 @@ class GlobalIndex:
             self._largest = max(self._largest, float(np.linalg.norm(chunk, axis=1).max()))
             self._index.add(chunk)
 
-    def search(self, queries, k: int, exclude=None, scenes=None) -> Shortlist:
+    def search(self, queries, k: int, exclude=None, scenes=None, settled=None) -> Shortlist:
         """The k best rows of this shard for each of `queries` (Q, G).
 
         exclude (Q,): each query's own database row, which is left out; -1 for a query that is not in the database.
         scenes (Q,): each query sees only the rows with its code. ValueError if the index was built without scenes.
+        settled (Q,) bool: queries that see only the fresh rows, because an earlier search knows the best of the others.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self._globals.shape[1]:
@@ -100,10 +103,14 @@ class GlobalIndex:
             )
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         own = np.full(len(queries), -1) if exclude is None else np.asarray(exclude)
-        groups = np.zeros(len(queries)) if scenes is None else np.asarray(scenes)
-        for code in np.unique(groups):
-            members = np.flatnonzero(groups == code)
-            allowed = None if scenes is None else np.flatnonzero(self._scenes == code)
+        codes = np.zeros(len(queries), np.int64) if scenes is None else np.asarray(scenes)
+        settled = np.zeros(len(queries), bool) if settled is None else np.asarray(settled)
+        for code, known in sorted(set(zip(codes.tolist(), settled.tolist(), strict=True))):
+            members = np.flatnonzero((codes == code) & (settled == known))
+            visible = np.ones(len(self._rows), bool) if scenes is None else self._scenes == code
+            if known:
+                visible &= self._fresh
+            allowed = None if visible.all() else np.flatnonzero(visible)
             for q, result in zip(members, self._search_group(queries[members], k, own[members], allowed), strict=True):
                 found[q] = result
         offsets = np.concatenate([[0], np.cumsum([len(rows) for rows, _ in found], dtype=np.int64)])

@@ -25,7 +25,7 @@ RADIUS_IMAGES = 100
 
 @dataclass(frozen=True)
 class Votes:
-    """What one query's patches found in some of its candidates.
+    """What one query's patches found in its candidates.
 
     rows        (n,) int64, ascending: database rows of the candidates
     sums        (n, P) float32: A, the sum of the similarities of each query patch's hits in each candidate
@@ -37,6 +37,84 @@ class Votes:
     sums: np.ndarray
     counts: np.ndarray
     candidates: int
+
+
+@dataclass(frozen=True)
+class PairVotes:
+    """Votes of n pairs of images as they are sent and kept: sparse, about a tenth of `Votes`.
+
+    queries  (n,) int64: the query of each pair, as its user numbers queries
+    rows     (n,) int64: database row of its candidate
+    starts   (n + 1,) int64: pair i has the entries starts[i] .. starts[i + 1] of the other arrays
+    patches  uint16: a query patch with hits in the candidate, ascending, counted among the patches that take part
+    counts   uint16: C, how many hits it has there
+    sums     float32: A, the sum of their similarities
+    """
+
+    queries: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    patches: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """patches, counts and sums."""
+        return self.patches, self.counts, self.sums
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays."""
+        return sum(array.nbytes for array in vars(self).values())
+
+    def take(self, pairs: np.ndarray) -> "PairVotes":
+        """These pairs, in this order."""
+        sizes = np.diff(self.starts)[pairs]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        entries = np.repeat(self.starts[pairs] - starts[:-1], sizes) + np.arange(starts[-1])
+        arrays = (array[entries] for array in (self.patches, self.counts, self.sums))
+        return PairVotes(self.queries[pairs], self.rows[pairs], starts, *arrays)
+
+    def of(self, query: int, P: int, candidates: int) -> Votes:
+        """The votes of one query with P patches for all its candidates; only of votes that `merge` made."""
+        first, last = np.searchsorted(self.queries, [query, query + 1])
+        entries = slice(self.starts[first], self.starts[last])
+        pair = np.repeat(np.arange(last - first), np.diff(self.starts[first : last + 1]))
+        sums, counts = np.zeros((last - first, P), np.float32), np.zeros((last - first, P), np.int32)
+        sums[pair, self.patches[entries]] = self.sums[entries]
+        counts[pair, self.patches[entries]] = self.counts[entries]
+        return Votes(self.rows[first:last], sums, counts, candidates)
+
+
+def merge(parts: Sequence[PairVotes]) -> PairVotes:
+    """Join votes of different pairs, from any number of shards, and sort them by query and database row.
+
+    ValueError if a pair comes twice: its votes would count twice.
+    """
+    ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
+    names = ("queries", "rows", "patches", "counts", "sums")
+    queries, rows, *entries = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    shifted = (part.starts[:-1] + end for part, end in zip(parts, ends, strict=False))
+    joined = PairVotes(queries, rows, np.concatenate([*shifted, ends[-1:]]), *entries)
+    order = np.lexsort((rows, queries))
+    twice = (np.diff(queries[order]) == 0) & (np.diff(rows[order]) == 0)
+    if twice.any():
+        first = order[np.flatnonzero(twice)[0]]
+        raise ValueError(
+            f"the votes of query {queries[first]} for row {rows[first]} came twice: they would count twice"
+        )
+    return joined if np.all(np.diff(order) == 1) else joined.take(order)
+
+
+NO_VOTES = PairVotes(
+    *(np.empty(0, np.int64) for _ in range(2)),
+    np.zeros(1, np.int64),
+    *(np.empty(0, dtype) for dtype in (np.uint16, np.uint16, np.float32)),
+)
 
 
 def threshold(radius: float) -> np.float32:
@@ -58,31 +136,6 @@ def pair_votes(x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray,
     return found.sums[0], found.counts[0]
 
 
-def patch_scratch(patches: np.ndarray) -> np.ndarray:
-    """Room for `image_patches` to convert one image of patches (.., P, E): (P, E padded) float32, zeros."""
-    return np.zeros((patches.shape[-2], kernel.even(patches.shape[-1])), np.float32)
-
-
-def image_patches(y: np.ndarray, mask: np.ndarray | None, E: int, scratch: np.ndarray) -> np.ndarray:
-    """The patches of y (P, E) where `mask` (P,) is True (None: all), as the kernel takes them: float32, E padded.
-
-    Written to `scratch`, from `patch_scratch`, and a view of it; or y itself where nothing is to be done. ValueError if
-    y has another width than `E`, or is neither float16 nor float32.
-    """
-    if y.shape[1] != E:
-        raise ValueError(f"patches have width {y.shape[1]}, expected {E}: were both made by the same encoder?")
-    if y.dtype == np.float16:
-        mask = np.ones(len(y), bool) if mask is None else mask
-        return scratch[: kernel.widen(np.ascontiguousarray(y).view(np.uint16), mask, scratch)]
-    if y.dtype != np.float32:
-        raise ValueError(f"patches are {y.dtype}, expected float16 or float32")
-    if mask is None and scratch.shape[1] == E:
-        return np.ascontiguousarray(y)
-    kept = y if mask is None else y[mask]
-    scratch[: len(kept), :E] = kept
-    return scratch[: len(kept)]
-
-
 def votes(x: np.ndarray, candidates: Sequence[np.ndarray], radius: float, rows: np.ndarray | None = None) -> Votes:
     """Votes of a query's patches x (P, E) for each candidate's patches (P_j, E), all of them kept.
 
@@ -91,26 +144,15 @@ def votes(x: np.ndarray, candidates: Sequence[np.ndarray], radius: float, rows: 
     rows = np.arange(len(candidates)) if rows is None else np.asarray(rows, np.int64)
     if len(rows) != len(candidates):
         raise ValueError(f"{len(rows)} rows for {len(candidates)} candidates")
-    bound, E = threshold(radius), x.shape[1]
-    panels = kernel.panels(image_patches(x, None, E, patch_scratch(x)))
-    sums = np.empty((len(rows), panels.shape[0] * kernel.WIDTH), np.float32)
-    counts = np.empty(sums.shape, np.int32)
+    packed = kernel.stack(np.asarray(x)[None], np.ones((1, len(x)), bool))
+    once, one = np.zeros(1, np.int64), np.zeros(1, bool)
+    sums, counts = np.zeros((len(rows), len(x)), np.float32), np.zeros((len(rows), len(x)), np.int32)
     for j, place in enumerate(np.argsort(rows)):
-        y = candidates[place]
-        kernel.count_hits(panels, image_patches(y, None, E, patch_scratch(y)), bound, sums[j], counts[j])
-    return Votes(np.sort(rows), sums[:, : len(x)], counts[:, : len(x)], len(rows))
-
-
-def merge(parts: Sequence[Votes]) -> Votes:
-    """Join one query's votes from several shards, in database order. The parts hold different candidates."""
-    rows = np.concatenate([part.rows for part in parts])
-    order = np.argsort(rows, kind="stable")
-    return Votes(
-        rows[order],
-        np.concatenate([part.sums for part in parts])[order],
-        np.concatenate([part.counts for part in parts])[order],
-        sum(part.candidates for part in parts),
-    )
+        y = kernel.as_bits(np.ascontiguousarray(candidates[place]))[None]
+        mask = np.ones(y.shape[:2], bool)
+        (_, patch, count, total), _ = kernel.count_hits(packed, y, mask, once, once, one, threshold(radius), True)
+        sums[j, patch], counts[j, patch] = total, count
+    return Votes(np.sort(rows), sums, counts, len(rows))
 
 
 def patch_weights(votes: Votes, weights: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from vop import config as configuration
 from vop.config import Config
 from vop.datasets.posed import OverlapTruth
 from vop.image import ImageError, decode
+from vop.quantised import widen
 from vop.run import Run, versions
 from vop.store import EmbeddingStore, Selection
 from vop.viz.matches import Picture
@@ -88,7 +89,7 @@ def _pictures(run: Run, selection: Selection) -> dict[str, Picture]:
     _, patches = selection.read()
     sizes = map(tuple, selection.scaled_sizes.tolist())
     return {
-        name: Picture(*_photograph(run, name, size), size, values.astype(np.float32))
+        name: Picture(*_photograph(run, name, size), size, widen(values))
         for name, size, values in zip(selection.names, sizes, patches, strict=True)
     }
 

@@ -1,0 +1,102 @@
+"""Jobs of vop as real processes, to be killed in the middle. Linux: processes are looked up in /proc."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from vop import config
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 200
+
+# The command line of vop, which also tells into a file the number of every part of the pairs that it writes.
+COUNTED = """
+import sys
+from vop import cli
+from vop.parts import Parts
+
+write = Parts.write
+
+def counted(self, number, table):
+    write(self, number, table)
+    if self.kind == "parts":
+        with open(sys.argv[1], "a") as told:
+            told.write(f"{number}\\n")
+
+Parts.write = counted
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+class Job:
+    """A command of vop in a process, and a session, of its own; what it says goes to `folder/log.txt`."""
+
+    def __init__(self, command: str, told: config.Config, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log, self._counted = folder / "log.txt", folder / "written.txt"
+        self._counted.write_text("")
+        (folder / "asked.yaml").write_text(config.to_yaml(told))
+        arguments = [self._counted, command, "--config", folder / "asked.yaml"]
+        with self._log.open("wb") as stream:
+            self.process = subprocess.Popen([sys.executable, "-c", COUNTED, *map(str, arguments)],
+                                            cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)  # fmt: skip
+
+    @property
+    def log(self) -> str:
+        """What it said so far."""
+        return self._log.read_text()
+
+    @property
+    def written(self) -> list[int]:
+        """Numbers of the parts that it has written, in order."""
+        return [int(line) for line in self._counted.read_text().split("\n")[:-1]]
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Return as soon as `happened()`; fails if the job ends before, or nothing happens."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert self.process.poll() is None, f"it ended before it could be disturbed:\n{self.log}"
+            assert time.monotonic() < deadline, f"nothing happened that could be disturbed:\n{self.log}"
+            time.sleep(0.001)
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        return self.process.wait(PATIENCE_S)
+
+    def kill(self) -> None:
+        """End it by SIGKILL, with all that it started: Ray's workers have groups of their own, but its session."""
+        while members := [*session(self.process.pid)]:
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        self.process.wait()
+
+
+def session(leader: int) -> Iterator[int]:
+    """Living processes of a session, the leader first."""
+    for pid, (state, _) in living():
+        with suppress(OSError):
+            if state not in "ZX" and os.getsid(pid) == leader:
+                yield pid
+
+
+def children(parent: int) -> Iterator[tuple[int, str]]:
+    """(process, its title) of the processes that another started; Ray's workers bear the names of their classes."""
+    for pid, (_, started_by) in living():
+        with suppress(OSError):
+            if started_by == parent:
+                yield pid, Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+
+
+def living() -> Iterator[tuple[int, tuple[str, int]]]:
+    """(process, (its state, who started it)) of all processes, by number."""
+    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with suppress(OSError):
+            state, started_by = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            yield pid, (state, int(started_by))

@@ -1,0 +1,327 @@
+"""One search shard on a graphics card: its patches stay there, and both searches run there.
+
+The method of `vop.retrieval.voting`, with plain arrays in and out, NumPy on the host and PyTorch on the device. Two
+kernels compute the votes, and the choice is the caller's:
+
+    "triton"  similarities never leave the chip (`vop.retrieval.cuda_kernel`); the bits of a pair do not depend on the
+              batch, the shard or the other pairs
+    "torch"   a batched matrix product, written to memory and reduced from there; runs on any device, a CPU too; the
+              library chooses its order by the shape of the batch, so `tolerance` is all that is promised
+
+Tolerance against the CPU path. Products of 16-bit inputs are exact in float32 and all sums are float32; float32 stores
+use no TF32. What differs is the order of the additions, and that tensor cores cut off where a CPU rounds. So a
+similarity of two unit vectors differs by at most `tolerance(E)` = E * 2**-23, half of it without tensor cores (Higham,
+Accuracy and Stability, section 3.1; Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). Two
+patches whose similarity lies that near the threshold may hit here and not there. Apart from those the counts are equal,
+and a sum over h hits differs by at most h * (tolerance(E) + h * 2**-23).
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vop.retrieval.cuda_shortlist import GlobalSearch, ieee_products
+
+KERNEL = "triton"  # on a CUDA device, where the caller names none
+WORKSPACE = 2**30  # bytes on the device for what one launch reads and writes besides the shard
+UPLOAD = 2**26  # bytes of the shard sent at a time
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairVotes:
+    """Votes of n pairs of a query and a database image, in the order of (query, row).
+
+    Columns are the patches that take part, in their order: those of query q are the first patches[q], those of the
+    database image of pair i the first row_patches[i]. The columns behind them are 0.
+
+    pair_query      (n,) int64: which query of the batch
+    pair_row        (n,) int64: which database row
+    sums, counts    (n, P) float32 and int32: A and C of the query's patches
+    reverse_sums, reverse_counts  (n, S) float32 and int32: A and C of the database image's patches, had it asked the
+                    query; None unless both directions were asked for
+    patches         (Q,) int64; row_patches (n,) int64
+    candidates      (Q,) int64: how many rows were searched for each query, those without a hit too
+    """
+
+    pair_query: np.ndarray
+    pair_row: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+    reverse_sums: np.ndarray | None
+    reverse_counts: np.ndarray | None
+    patches: np.ndarray
+    row_patches: np.ndarray
+    candidates: np.ndarray
+
+
+def tolerance(E: int) -> float:
+    """How far a similarity of unit vectors of width E may differ from the CPU's; see the module."""
+    return E * 2.0**-23
+
+
+def memory_bytes(rows: int, P: int, E: int, dtype: str, G: int, workspace: int = WORKSPACE) -> int:
+    """Device memory of a shard: patches in `dtype`, globals in float32, three numbers a row, and the workspace."""
+    return rows * (P * E * getattr(torch, dtype).itemsize + 4 * G + 20) + workspace
+
+
+def check_memory(needed: int, free: int) -> None:
+    """MemoryError where a shard of `needed` bytes does not fit into the `free` bytes of a card."""
+    if needed > free:
+        raise MemoryError(
+            f"the shard needs {needed / 1e9:.2f} GB of device memory, but {free / 1e9:.2f} GB are free: use more "
+            "shards (retrieval.shards), a card with more memory, embedding.dtype=float16 or a narrower encoder"
+        )
+
+
+class CudaShard:
+    """The rows of one shard, resident on a device.
+
+    patches    (n, P, E) unit vectors: a NumPy array, float16 or float32 (a memory map will do), or a tensor, then
+               bfloat16 too
+    globals    (n, G) float16 or float32
+    rows       (n,) int64 database rows, no two equal
+    masks      (n, P) bool, True where a patch is image; None: padding votes too
+    scenes     (n,) int scene codes, or None
+    device     such as "cuda" or "cuda:1"; "cpu" runs the torch kernel
+    kernel     "triton" or "torch", see the module; None: `KERNEL` on a CUDA device, "torch" elsewhere. The attribute
+               `kernel` and the log say which one is used; none replaces another
+    workspace  bytes that a batch may use besides the shard; a larger one is cut up
+
+    MemoryError if the card cannot hold it. ValueError for arrays that do not fit together or a kernel that is not
+    installed.
+    """
+
+    def __init__(
+        self, patches, globals, rows, masks=None, scenes=None, device="cuda", kernel=None, workspace=WORKSPACE
+    ):
+        rows = np.asarray(rows, np.int64)
+        _check_arrays(patches, globals, rows, masks, scenes)
+        self.device, self.workspace = torch.device(device), workspace
+        self.kernel = kernel or (KERNEL if self.device.type == "cuda" else "torch")
+        self._pair_votes = _kernel(self.kernel, self.device)
+        if self.device.type == "cuda":
+            needed = memory_bytes(*patches.shape, _type_name(patches), globals.shape[1], workspace)
+            check_memory(needed, torch.cuda.mem_get_info(self.device)[0])
+        order = np.argsort(rows)  # the shard lies in database order
+        self._rows = rows[order]
+        self._places = to_device(self._rows, self.device)
+        self._scenes = None if scenes is None else to_device(np.asarray(scenes, np.int64)[order], self.device)
+        self._patches, self._sizes = self._resident(patches, masks, order)
+        globals_ = to_device(np.asarray(globals)[order].astype(np.float32), self.device)
+        self._globals = GlobalSearch(globals_, self._places, self._scenes, workspace)
+        log.info("%d images on %s; votes by the %s kernel", len(rows), self.device, self.kernel)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def shortlist(self, query_globals, k: int, exclude=None, scenes=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The k best rows of this shard for each of query_globals (Q, G); see `GlobalSearch`.
+
+        exclude (Q,): each query's own database row, which is left out; -1 for none. scenes (Q,): each query sees only
+        the rows with its code. Returns offsets (Q + 1,) int64, rows int64, scores float32: the fields of a `Shortlist`.
+        """
+        queries = to_device(np.asarray(query_globals, np.float32), self.device)
+        exclude, scenes = self._of_queries(len(queries), exclude, scenes)
+        return self._globals.search(queries, k, exclude, scenes)
+
+    def votes(
+        self,
+        query_patches,
+        query_masks: np.ndarray | None,
+        candidates: Sequence[np.ndarray] | None,
+        radius: float,
+        exclude: np.ndarray | None = None,
+        scenes: np.ndarray | None = None,
+        both: bool = False,
+    ) -> PairVotes:
+        """Votes of Q queries for those of their candidates that lie in this shard; see `ShardIndex.votes`.
+
+        query_patches  (Q, P, E) in the shard's type: a NumPy array, or a tensor, which need not travel if it is on the
+                       device; query_masks (Q, P) bool, or None: all patches vote
+        candidates     per query the database rows to search; rows of other shards are ignored, every candidate is
+                       returned. None: search every row and return the pairs with a hit
+        exclude        (Q,) each query's own database row, never a candidate; -1 for a query that is not in the database
+        scenes         (Q,) codes: a query sees only the rows with the same
+        both           also what the candidate's patches find in the query, from the same similarities
+
+        ValueError if E or the type differs, a radius is out of range, or a query names a candidate twice.
+        """
+        bound = _threshold(radius)
+        x, x_sizes = _packed(query_patches, query_masks, self.device)
+        if x.shape[2] != self._patches.shape[2] or x.dtype != self._patches.dtype:
+            raise ValueError(
+                f"query patches are {x.dtype} of width {x.shape[2]}, those of the shard {self._patches.dtype} of width "
+                f"{self._patches.shape[2]}: make both by the same encoder and store them in one type"
+            )
+        exclude, scenes = self._of_queries(len(x), exclude, scenes)
+        if candidates is None:
+            pairs = self._all_pairs(len(x), exclude, scenes)
+        else:
+            pairs = [self._listed_pairs(len(x), candidates, exclude, scenes)]
+        parts, searched = [], np.zeros(len(x), np.int64)
+        for query, place in pairs:
+            searched += to_host(torch.bincount(query, minlength=len(x)))
+            size = max(1, self.workspace // self._pair_bytes(x.shape[1], both))
+            for q, j in zip(query.split(size), place.split(size), strict=True):
+                votes = self._pair_votes(x, x_sizes, self._patches, self._sizes, q, j, bound, both)
+                columns = [q, j, *votes]
+                if candidates is None:
+                    hit = votes[1].any(1)
+                    columns = [column[hit] for column in columns]
+                parts.append([to_host(column) for column in columns])
+        query, place, sums, counts, *reverse = (np.concatenate(column) for column in zip(*parts, strict=True))
+        row_sizes = to_host(self._sizes)[place].astype(np.int64)
+        reverse = reverse or (None, None)
+        sizes = to_host(x_sizes).astype(np.int64)
+        return PairVotes(query, self._rows[place], sums, counts, *reverse, sizes, row_sizes, searched)
+
+    def _listed_pairs(self, count: int, candidates, exclude, scenes):
+        """Query and place in this shard (n,) of every candidate that lies here, in the order of (query, row)."""
+        if len(candidates) != count:
+            raise ValueError(f"{len(candidates)} candidates for {count} queries")
+        query = to_device(np.repeat(np.arange(count), [len(rows) for rows in candidates]), self.device)
+        rows = to_device(np.concatenate([np.empty(0, np.int64), *candidates]).astype(np.int64), self.device)
+        place = torch.searchsorted(self._places, rows).clamp_(max=len(self) - 1)
+        kept = self._allowed(query, place, exclude, scenes) & (self._places[place] == rows)
+        pair = (query * len(self) + place)[kept].sort().values
+        twice = pair[1:][pair[1:] == pair[:-1]]
+        if len(twice):
+            q = int(twice[0]) // len(self)
+            raise ValueError(f"the candidates of query {q} of the batch name a row twice: it would vote twice")
+        return pair // len(self), pair % len(self)
+
+    def _all_pairs(self, count: int, exclude, scenes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every query with every row that it may see, as many queries at a time as the workspace lists."""
+        index = torch.arange(max(1, count), device=self.device)[:count]
+        for part in index.split(max(1, self.workspace // (64 * len(self)))):
+            query = part.repeat_interleave(len(self))
+            place = torch.arange(len(self), device=self.device).repeat(len(part))
+            kept = self._allowed(query, place, exclude, scenes)
+            yield query[kept], place[kept]
+
+    def _allowed(self, query, place, exclude, scenes) -> torch.Tensor:
+        allowed = self._places[place] != exclude[query]
+        return allowed if scenes is None else allowed & (self._scenes[place] == scenes[query])
+
+    def _pair_bytes(self, P: int, both: bool) -> int:
+        """Device memory that a pair needs during a launch: its results twice (where some are selected), and the rest.
+
+        The Triton kernel returns the reverse votes by blocks of at least 16 query patches and lists its tiles; the
+        torch kernel gathers the patches, widens them on a CPU, and writes the similarities and the hits.
+        """
+        _, S, E = self._patches.shape
+        results = 16 * (P + S * both)
+        if self.kernel == "triton":
+            return results + 8 * S * both * -(-P // 16) + 64 * -(-S // 16)
+        return results + 8 * (P + S) * E + 10 * P * S
+
+    def _of_queries(self, count: int, exclude, scenes):
+        """Own rows and scene codes of the queries as tensors; ValueError unless there is one for each."""
+        for name, array in (("exclude", exclude), ("scenes", scenes)):
+            if array is not None and len(array) != count:
+                raise ValueError(f"{len(array)} {name} for {count} queries")
+        if scenes is not None and self._scenes is None:
+            raise ValueError("a search by scene needs a shard with scenes: give CudaShard the scene codes of its rows")
+        exclude = np.full(count, -1) if exclude is None else exclude
+        own = to_device(np.asarray(exclude, np.int64), self.device)
+        return own, None if scenes is None else to_device(np.asarray(scenes, np.int64), self.device)
+
+    def _resident(self, patches, masks, order):
+        """The patches on the device, in the order given, those that take part first, and how many take part."""
+        n, P, E = patches.shape
+        step = max(1, UPLOAD // (P * E * getattr(torch, _type_name(patches)).itemsize))
+        resident = torch.empty((n, P, E), dtype=getattr(torch, _type_name(patches)), device=self.device)
+        sizes = torch.empty(n, dtype=torch.int32, device=self.device)
+        for start in range(0, n, step):
+            part = order[start : start + step]
+            mask = None if masks is None else np.asarray(masks)[part]
+            resident[start : start + step], sizes[start : start + step] = _packed(patches[part], mask, self.device)
+        return resident, sizes
+
+
+def pair_votes(x, x_sizes, y, y_sizes, query, place, bound: float, both: bool) -> tuple[torch.Tensor, ...]:
+    """The torch kernel: what `cuda_kernel.pair_votes` returns, from similarities that are written to memory."""
+    a, b = x[query], y[place].mT
+    if a.is_cuda and a.dtype != torch.float32:
+        dots = torch.bmm(a, b, out_dtype=torch.float32)
+    else:
+        with ieee_products():
+            dots = torch.bmm(a.float(), b.float())
+    hit = dots > bound
+    if bound < 0:  # patches that take no part are zeros, and then 0 is a hit
+        hit &= (torch.arange(x.shape[1], device=x.device) < x_sizes[query, None])[:, :, None]
+        hit &= (torch.arange(y.shape[1], device=x.device) < y_sizes[place, None])[:, None, :]
+    dots.masked_fill_(~hit, 0)
+    return tuple(
+        votes for axis in ((2, 1) if both else (2,)) for votes in (dots.sum(axis), hit.sum(axis, dtype=torch.int32))
+    )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a device, by way of page-locked memory if it is a card."""
+    staged = torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), pin_memory=device.type == "cuda")
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> np.ndarray:
+    """Copy a tensor to the host, by way of page-locked memory if it comes from a card."""
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return staged.copy_(tensor).numpy()
+
+
+def _packed(patches, masks: np.ndarray | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches (n, P, E) on the device, those where `masks` (n, P) is True first and zeros behind; their number (n,)."""
+    packed = patches.to(device) if isinstance(patches, torch.Tensor) else to_device(patches, device)
+    n, P, _ = packed.shape
+    if masks is None:
+        return packed.contiguous(), torch.full((n,), P, dtype=torch.int32, device=device)
+    mask = to_device(np.asarray(masks, bool), device)
+    image, order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    packed = packed.gather(1, order[:, :, None].expand_as(packed))
+    return packed.masked_fill_(image[:, :, None] == 0, 0), mask.sum(1, dtype=torch.int32)
+
+
+def _kernel(name: str, device: torch.device) -> Callable:
+    if name == "torch":
+        return pair_votes
+    if name != "triton":
+        raise ValueError(f'kernel is {name!r}, but must be "triton" or "torch"')
+    try:
+        from vop.retrieval import cuda_kernel
+    except ImportError as error:
+        raise ValueError(f'kernel="triton" needs the package triton ({error}): install it or use "torch"') from error
+    if not cuda_kernel.runs_on(device):
+        raise ValueError(f'kernel="triton" needs a CUDA device, not {device}: use "torch" there')
+    return cuda_kernel.pair_votes
+
+
+def _type_name(patches) -> str:
+    return str(patches.dtype).removeprefix("torch.")
+
+
+def _threshold(radius: float) -> float:
+    """As `voting.threshold`, which needs Numba: 1 - r as a float32 number."""
+    if not 0 < radius <= 2:
+        raise ValueError(f"radius {radius} is not in (0, 2]: it is a cosine distance; usual values are 0.1 to 0.4")
+    return float(np.float32(1.0 - float(radius)))
+
+
+def _check_arrays(patches, globals, rows, masks, scenes) -> None:
+    if _type_name(patches) not in ("float16", "float32", "bfloat16"):
+        raise ValueError(f"patches are {_type_name(patches)}, expected float16, bfloat16 or float32")
+    named = (("patches", patches), ("globals", globals), ("masks", masks), ("scenes", scenes))
+    for name, array in named:
+        if array is not None and len(array) != len(rows):
+            raise ValueError(
+                f"{len(array)} {name} for {len(rows)} rows: all arrays of a shard describe the same images"
+            )
+    if not len(rows):
+        raise ValueError("a shard without rows: give the database to fewer shards")
+    if len(np.unique(rows)) != len(rows):
+        raise ValueError("two rows of a shard have the same number: each database image must appear once")
