@@ -102,7 +102,7 @@ class RetrievalConfig:
     within_scene: bool = False
     """Pair images only with images of the same scene (first folder of the name)."""
     index: str = "Flat"
-    """FAISS index_factory string of the shortlist; Flat is exact."""
+    """FAISS index_factory string of the shortlist; Flat is exact. Others depend on `shards`, which they need."""
     shards: int | None = None
     """Search actors the database is split over; null: one per CPU core, fewer for a small database."""
     query_batch: int = 64
@@ -120,6 +120,8 @@ class RetrievalConfig:
 
     def __post_init__(self):
         _positive("retrieval", self, "k", "shortlist", "shards", "query_batch", "timeout_s")
+        _require("retrieval.shards", self.shards, self.shards is not None or self.index == "Flat",
+                 f"a number with retrieval.index={self.index}: shards are trained alone, so the answer depends on it")  # fmt: skip
         _require("retrieval.reuse_gb", self.reuse_gb, self.reuse_gb >= 0, "0 or positive")
         _require("retrieval.weights", self.weights, self.weights in ("none", "idf", "tfidf"), "none, idf or tfidf")
         _require("retrieval.radius", self.radius, self.radius is None or 0 < self.radius < 2,

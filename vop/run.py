@@ -78,6 +78,8 @@ class Run:
                 f"  pairs        {counts['pairs']} for {counts['queries']} queries ({counts['searched_now']} searched "
                 f"by this run), {lonely} without any, radius {counts['radius']:g}"
             )
+        if counts.get("seconds_per_batch"):
+            lines.append(self._search())
         lines += self._graph()
         if "pairs_txt" in counts:
             lines.append(f"  pairs.txt    {counts['pairs_txt']}")
@@ -111,6 +113,16 @@ class Run:
         if "positions" in counts:
             lines.append(f"  positions    known of {counts['positions']} images")
         return lines
+
+    def _search(self) -> str:
+        counts = self.counts
+        seconds = ", ".join(f"{name} {value:.2g}" for name, value in counts["seconds_per_batch"].items())
+        busy = counts["shard_seconds"]
+        return (
+            f"  search       {counts['pairs_scored']} pairs of images scored, {counts['pairs_known']} known from their "
+            f"other side or an earlier run; seconds a batch: {seconds}; {len(busy)} shards busy {min(busy):.3g} to "
+            f"{max(busy):.3g} s"
+        )
 
     def _judgement(self) -> list[str]:
         if self.metrics is None:
