@@ -81,7 +81,7 @@ def choose(folder: str, count: int, send) -> None:
     marks.append(time.perf_counter())
     listed = graph.choose(scored, images, len(scored) // 2, sequence=near[0], neighbours=near[1])
     marks.append(time.perf_counter())
-    component, sizes = graph.components(listed.pairs, images)
+    component, sizes = graph.components([(listed.pairs.low, listed.pairs.high)], images)
     marks.append(time.perf_counter())
     chosen = listed.pairs
     pairs.write_list(f"{folder}/pair_list.parquet", names, chosen.low, chosen.high, chosen.score, listed.source)

@@ -110,7 +110,7 @@ def test_the_pair_list_is_the_stated_one_in_any_order(rows, budget, mutual, conn
         assert len(listed.pairs) == min(budget, len(everything))
     if budget is None or (connect and budget >= listed.forest):
         assert grouped(expected, IMAGES) == whole
-    number, sizes = graph.components(listed.pairs, IMAGES)
+    number, sizes = graph.components([(listed.pairs.low, listed.pairs.high)], IMAGES)
     groups = grouped(expected, IMAGES)
     assert sizes.tolist() == [len(group) for group in groups]
     assert [set(np.flatnonzero(number == i).tolist()) for i in range(len(groups))] == groups
@@ -139,9 +139,10 @@ def test_the_forest_is_maximal_and_connects_what_can_be_connected(images, count)
     forest = pairs.take(graph.spanning_forest(pairs, order, images))
     costs = csr_array((2.0 * count - pairs.score, (pairs.low, pairs.high)), shape=(images, images))
     assert forest.score.sum(dtype=np.float64) == (2.0 * count - minimum_spanning_tree(costs).data).sum()
-    for ours, whole in zip(graph.components(forest, images), graph.components(pairs, images), strict=True):
+    everything = graph.components([(pairs.low, pairs.high)], images)
+    for ours, whole in zip(graph.components([(forest.low, forest.high)], images), everything, strict=True):
         np.testing.assert_array_equal(ours, whole)
-    assert len(forest) == images - len(graph.components(pairs, images)[1])
+    assert len(forest) == images - len(everything[1])
 
 
 def test_the_forest_is_that_of_networkx():
@@ -174,7 +175,7 @@ def test_nothing_gives_nothing():
     nothing = graph.undirected(*arrays([]))
     listed = graph.choose(nothing, 3, 10, mutual=True, sequence=rows_of([]), neighbours=rows_of([]))
     assert (len(listed.pairs), len(listed.source), listed.forest) == (0, 0, 0)
-    number, sizes = graph.components(listed.pairs, 3)
+    number, sizes = graph.components([(listed.pairs.low, listed.pairs.high)], 3)
     assert (number.tolist(), sizes.tolist()) == ([0, 1, 2], [1, 1, 1])
     assert as_dict(graph.choose(nothing, 3, sequence=rows_of([(1, 2)]))) == {(1, 2): (None, "forest")}
 
@@ -241,3 +242,13 @@ def test_neighbours_at_the_limit_and_at_one_place():
     assert len(crowd) <= 50 * 3
     assert graph.neighbours(np.full((4, 3), np.nan), 3).shape == (0, 2)
     assert graph.neighbours(np.zeros((0, 3)), 3).shape == (0, 2)
+
+
+@given(seed=st.integers(0, 99), parts=st.integers(1, 7))
+def test_components_come_out_alike_from_any_parts(seed, parts):
+    rng = np.random.default_rng(seed)
+    low, high = rng.integers(0, 40, (2, rng.integers(1, 60)))
+    whole = graph.components([(low, high)], 40)
+    split = zip(np.array_split(low, parts), np.array_split(high, parts), strict=True)
+    for ours, expected in zip(graph.components(split, 40), whole, strict=True):
+        assert ours.tolist() == expected.tolist()

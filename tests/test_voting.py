@@ -191,7 +191,7 @@ def hits(*arguments):
 
 def marked(x, y, bound):
     """The pairs (p, s) that the integer pass leaves over."""
-    wide, *packed, sizes = kernel.stack(x[None], np.ones((1, len(x)), bool))
+    wide, *packed, _ = kernel.stack(x[None], np.ones((1, len(x)), bool))
     m, E = len(y), wide.shape[2]
     rows = -(-m // tiles.ROWS) * tiles.ROWS
     padded, levels = np.zeros((m, E), np.float32), np.zeros((rows, E), np.uint8)
@@ -287,6 +287,15 @@ def test_the_bound_on_the_rounding_holds(kinds, seed, E):
     assert (error <= bound * (1 + 1e-12)).all()
     if "aligned" in kinds and set(kinds) <= {"aligned", "random"} and E >= 256:
         assert (error > 0.3 * bound).any(), "the data no longer try the bound"
+
+
+@needs_screens
+def test_the_rounding_of_a_similarity_itself_is_allowed_for():
+    """Of equal numbers the integers leave nothing out, and what decides is that a long sum is rounded up."""
+    values = np.random.default_rng(3).uniform(0.01, 1, 40).astype(np.float32)
+    for x in np.repeat(values, 4096).reshape(40, 1, 4096):
+        similarity = similarity_table(x, x)[0, 0]
+        assert marked(x, x, np.nextafter(similarity, np.float32(0))) == {(0, 0)}
 
 
 @needs_screens
@@ -394,7 +403,7 @@ def test_images_without_patches_have_no_votes(P, Q):
     assert sums.tolist() == counts.tolist() == [0] * P
 
 
-# --- votes that travel and merge ----------------------------------------------------------------------------------------
+# --- votes that travel and merge --------------------------------------------------------------------------------------
 
 
 def sparse(query, votes):
@@ -439,7 +448,14 @@ def pair_votes(draw):
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     queries, rows = np.array(pairs, np.int64).reshape(-1, 2).T
     counts = rng.integers(1, 2**16, starts[-1]).astype(np.uint16)
-    return PairVotes(queries, rows, starts, np.array(sum(patches, []), np.uint16), counts, rng.random(starts[-1], "f4"))
+    return PairVotes(
+        queries,
+        rows,
+        starts,
+        np.array([p for some in patches for p in some], np.uint16),
+        counts,
+        rng.random(starts[-1], "f4"),
+    )
 
 
 @given(votes=pair_votes(), data=st.data())
@@ -510,7 +526,7 @@ def test_best_is_descending_with_ties_by_row():
     assert rows[voting.best(scores, rows, 1)].tolist() == [5]
 
 
-# --- numbers in and arguments refused -----------------------------------------------------------------------------------
+# --- numbers in and arguments refused ---------------------------------------------------------------------------------
 
 
 def test_every_float16_number_widens_exactly():

@@ -74,20 +74,27 @@ def written(output: str) -> str | None:
     return metadata.get(FINGERPRINT.encode(), b"").decode() or None
 
 
-def read_rows(path: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs of a file as positions in `names`: query and database (R,) int32, weighted scores (R,) float32."""
+def iterate_rows(path: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The pairs of a file in parts, as positions in `names`: query and database (R,) int32, weighted (R,) float32."""
     filesystem, inner = files.resolve(path)
     known = pa.array(names, pa.string())
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
-        count = file.metadata.num_rows
-        query, database, weighted = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.float32)
-        start = 0
         for part in file.iter_batches(CHUNK, columns=["query", "database", "weighted"]):
-            here = slice(start, start := start + part.num_rows)
-            query[here] = pc.index_in(part["query"], known).to_numpy()
-            database[here] = pc.index_in(part["database"], known).to_numpy()
-            weighted[here] = part["weighted"].to_numpy()
-    return query, database, weighted
+            query, database = (pc.index_in(part[side], known).to_numpy() for side in ("query", "database"))
+            yield query, database, part["weighted"].to_numpy()
+
+
+def read_rows(path: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of a file, as `iterate_rows` gives them."""
+    filesystem, inner = files.resolve(path)
+    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        count = file.metadata.num_rows
+    columns, start = tuple(np.empty(count, dtype) for dtype in (np.int32, np.int32, np.float32)), 0
+    for part in iterate_rows(path, names):
+        for column, values in zip(columns, part, strict=True):
+            column[start : start + len(values)] = values
+        start += len(part[0])
+    return columns
 
 
 def write_list(

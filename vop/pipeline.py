@@ -227,13 +227,15 @@ def _near(config: Config, job: Run, images: Selection) -> dict[str, np.ndarray]:
 def _listed(config: Config, job: Run, images: Selection, near: dict[str, np.ndarray]) -> str:
     """scenes.parquet and, if pairs are to be chosen, pair_list.parquet; returns which file holds the pair list."""
     asked, names, listed = config.pairs, images.names, "pairs.parquet"
-    found = graph.undirected(*pairs.read_rows(job.path(listed), names))
     if asked.chosen:
+        found = graph.undirected(*pairs.read_rows(job.path(listed), names))
         chosen = graph.choose(found, len(images), asked.budget, asked.mutual, asked.connect, **near)
-        found, listed = chosen.pairs, "pair_list.parquet"
-        pairs.write_list(job.path(listed), names, found.low, found.high, found.score, chosen.source)
-        job.counts["pair_list"] = {"pairs": len(found), "to_connect": chosen.forest} | chosen.counts()
-    component, sizes = graph.components(found, len(images))
+        listed, edges = "pair_list.parquet", [(chosen.pairs.low, chosen.pairs.high)]
+        pairs.write_list(job.path(listed), names, *edges[0], chosen.pairs.score, chosen.source)
+        job.counts["pair_list"] = {"pairs": len(chosen.pairs), "to_connect": chosen.forest} | chosen.counts()
+    else:
+        edges = ((query, database) for query, database, _ in pairs.iterate_rows(job.path(listed), names))
+    component, sizes = graph.components(edges, len(images))
     pairs.write_scenes(job.path("scenes.parquet"), names, component, sizes)
     sizes = sizes.tolist()
     job.counts |= {"components": len(sizes), "largest_component": sizes[0], "singletons": sizes.count(1)}

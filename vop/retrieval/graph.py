@@ -6,7 +6,7 @@ library breaks ties by itself it is given ranks, which have none.
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,13 +160,16 @@ def spanning_forest(pairs: Pairs, order: np.ndarray, images: int) -> np.ndarray:
     return np.sort(order[minimum_spanning_tree(_graph(pairs, rank, images)).data.astype(np.int64) - 1])
 
 
-def components(pairs: Pairs, images: int) -> tuple[np.ndarray, np.ndarray]:
+def components(parts: Iterable[tuple[np.ndarray, np.ndarray]], images: int) -> tuple[np.ndarray, np.ndarray]:
     """Connected components: the number (N,) int32 of each image's, and their sizes (C,) int64.
 
-    Numbered from 0 by decreasing size, equal sizes by their first row. An image without pairs is one by itself.
+    `parts` are pairs of rows, one array for either side, in as many parts as memory asks for. Numbered from 0 by
+    decreasing size, equal sizes by their first row. An image without pairs is one by itself.
     """
-    graph = _graph(pairs, np.ones(len(pairs), np.int8), images)
-    _, labels = connected_components(graph, directed=False)
+    labels = np.arange(images, dtype=np.int32)
+    for low, high in parts:
+        edges = csr_array((np.ones(len(low), np.int32), (labels[low], labels[high])), shape=(images, images))
+        labels = connected_components(edges, directed=False)[1][labels]
     found, first, sizes = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -sizes))
     number = np.empty(len(found), np.int32)
