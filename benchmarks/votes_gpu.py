@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -127,11 +128,12 @@ def case(x: torch.Tensor, y: torch.Tensor, K: int, used: int, bound: float) -> C
 def end_to_end(item: Case, kernel: str, workspace: int) -> Callable:
     """`CudaShard.votes` of the case, from and to the host."""
     masks = None if item.used == item.x.shape[1] else np.tile(np.arange(item.x.shape[1]) < item.used, (len(item.y), 1))
-    globals_, device = np.zeros((len(item.y), 1), np.float32), item.x.device
-    shard = cuda.CudaShard(item.y, globals_, np.arange(len(item.y)), masks, None, device, kernel, workspace)
+    globals_, rows = np.zeros((len(item.y), 1), np.float32), np.arange(len(item.y))
+    shard = cuda.CudaShard(item.y, globals_, rows, masks, device=item.x.device, kernel=kernel, workspace=workspace)
     queries, query_masks = item.x.cpu().numpy(), None if masks is None else np.tile(masks[0], (len(item.x), 1))
-    candidates = list(item.place.cpu().numpy().reshape(len(item.x), -1))
-    return lambda: shard.votes(queries, query_masks, candidates, 1 - item.bound)
+    query, place = item.query.cpu().numpy(), item.place.cpu().numpy()
+    wanted = SimpleNamespace(queries=query, rows=place, mutual=np.zeros(len(query), bool))
+    return lambda: shard.votes(queries, query_masks, wanted, 1 - item.bound)
 
 
 def measured(item: Case, name: str, functions: dict, options, peak: Callable) -> dict:
@@ -143,9 +145,8 @@ def measured(item: Case, name: str, functions: dict, options, peak: Callable) ->
     result: dict = {"peak_tflops": round(top, 2)}
     for way, taken in times.items():
         rate = item.flops / taken / 1e12
-        print(
-            f"  {way:<22} {1e3 * taken:>9.3f} ms {queries / taken:>11.0f} queries/s {rate:>8.2f} TFLOP/s {rate / top:>7.1%}"
-        )
+        columns = f"{1e3 * taken:>9.3f} ms {queries / taken:>11.0f} queries/s {rate:>8.2f} TFLOP/s {rate / top:>7.1%}"
+        print(f"  {way:<22} {columns}")
         result[way.replace(" ", "_")] = {
             "ms": round(1e3 * taken, 4),
             "queries_per_s": round(queries / taken, 1),
@@ -155,23 +156,23 @@ def measured(item: Case, name: str, functions: dict, options, peak: Callable) ->
     return result
 
 
-def ways(item: Case, triton, workspace: int) -> dict:
+def ways(item: Case, cuda_kernel, workspace: int) -> dict:
     """How a case can be computed: name -> function. Checks first that the kernels agree."""
     arguments = item.arguments()
     torch_votes = chunked(cuda.pair_votes, arguments, workspace)
     functions = {"torch kernel": torch_votes, "torch end to end": end_to_end(item, "torch", workspace)}
-    if triton is None:
+    if cuda_kernel is None:
         return functions
     x, x_sizes, y, y_sizes, query, place, bound = arguments
-    check(triton.pair_votes(*arguments, False), torch_votes(), x.shape[2])
+    check(cuda_kernel.pair_votes(*arguments, False), torch_votes(), x.shape[2])
     for both in (False, True):
-        tile = triton.default_tile(x, both)
-        plan = triton.plan(query, place, y_sizes, y.shape[1], tile)
+        tile = cuda_kernel.default_tile(x, both)
+        plan = cuda_kernel.plan(query, place, y_sizes, y.shape[1], tile)
         label = "triton both" if both else "triton"
-        functions[f"{label} kernel"] = lambda plan=plan, both=both, tile=tile: triton.run(
+        functions[f"{label} kernel"] = lambda plan=plan, both=both, tile=tile: cuda_kernel.run(
             x, x_sizes, y, plan, len(query), bound, both, tile
         )
-    functions["triton call"] = lambda: triton.pair_votes(*arguments, False)
+    functions["triton call"] = lambda: cuda_kernel.pair_votes(*arguments, False)
     functions["triton end to end"] = end_to_end(item, "triton", workspace)
     return functions
 
@@ -192,27 +193,29 @@ def chunked(kernel: Callable, arguments: tuple, workspace: int) -> Callable:
     return run
 
 
-def tiles(triton, both: bool) -> list:
+def tiles(cuda_kernel, both: bool) -> list:
     """Tiles worth trying on a card with 227 KB on the chip."""
     shapes = [(128, 128, 256, 8), (128, 64, 256, 8), (64, 64, 256, 4), (64, 128, 256, 4), (256, 64, 256, 8)]
     shapes += [(128, 128, 64, 8), (128, 64, 64, 4), (128, 128, 128, 8), (64, 64, 64, 4)]
     pairs = (5, 10) if not both else (5,)
-    return [triton.Tile(*shape, stages, n) for shape in shapes for stages in (2, 3) for n in pairs]
+    return [cuda_kernel.Tile(*shape, stages, n) for shape in shapes for stages in (2, 3) for n in pairs]
 
 
-def sweep(item: Case, triton, options, both: bool) -> list[dict]:
+def sweep(item: Case, cuda_kernel, options, both: bool) -> list[dict]:
     """Rate of the Triton kernel for every tile that fits the card, best first."""
+    from triton import OutOfResources
+
     x, x_sizes, y, y_sizes, query, place, bound = item.arguments()
     found = []
-    for tile in tiles(triton, both):
-        plan = triton.plan(query, place, y_sizes, y.shape[1], tile)
+    for tile in tiles(cuda_kernel, both):
+        plan = cuda_kernel.plan(query, place, y_sizes, y.shape[1], tile)
 
         def launch(plan=plan, tile=tile):
-            return triton.run(x, x_sizes, y, plan, len(query), bound, both, tile)
+            return cuda_kernel.run(x, x_sizes, y, plan, len(query), bound, both, tile)
 
         try:
             launch()
-        except triton.OutOfResources as error:
+        except OutOfResources as error:
             print(f"  {tile}: {error}")
             continue
         taken = medians({"kernel": launch}, x.device, 3)["kernel"]
@@ -246,7 +249,7 @@ def main() -> None:
     every = collection(options.database + options.queries, options.patches, options.embedding, options.words, device)
     y, x = every[: options.database], every[options.database :]
     a, b = torch.randn((2, options.gemm, options.gemm), device=device).half()
-    triton, bound = triton_kernel(device), float(np.float32(1 - options.radius))
+    cuda_kernel, bound = triton_kernel(device), float(np.float32(1 - options.radius))
     result: dict = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -260,16 +263,16 @@ def main() -> None:
                 counts = cuda.pair_votes(*item.arguments()[:4], item.query[:K], item.place[:K], bound, False)[1]
                 result["hit_density"] = round(float(counts.sum()) / (K * used**2), 4)
                 print(f"{result['device']}: {100 * result['hit_density']:.2f}% of patch pairs hit")
-            functions = ways(item, triton, options.workspace)
+            functions = ways(item, cuda_kernel, options.workspace)
             result[name] = measured(item, name, functions, options, lambda: torch.matmul(a, b))
-            if triton is not None:
+            if cuda_kernel is not None:
                 ratio = result[name]["torch_kernel"]["ms"] / result[name]["triton_kernel"]["ms"]
                 result[name]["triton_times_torch"] = round(ratio, 2)
                 print(f"  the Triton kernel is {ratio:.2f} times as fast as the torch kernel")
-            if options.sweep and triton is not None:
+            if options.sweep and cuda_kernel is not None:
                 for both in (False, True):
                     print(f"tiles, {'both directions' if both else 'one direction'}:")
-                    result[name]["sweep_both" if both else "sweep"] = sweep(item, triton, options, both)
+                    result[name]["sweep_both" if both else "sweep"] = sweep(item, cuda_kernel, options, both)
     print(json.dumps(result))
 
 

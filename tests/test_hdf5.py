@@ -43,8 +43,8 @@ def computed_store(path, names=NAMES, dtype="float16", seed=0, shard_size=2, tok
         table = table.append_column("global", tensor_column(rng.standard_normal((n, G)).astype(float_type(dtype)) * 30))
         table = table.append_column("patches", tensor_column(stored(patches, dtype)))
         if tokens:
-            tokens = rng.standard_normal((n, P, D)).astype(float_type(dtype)) * 5
-            table = table.append_column("tokens", tensor_column(tokens))
+            values = rng.standard_normal((n, P, D)).astype(float_type(dtype)) * 5
+            table = table.append_column("tokens", tensor_column(values))
         store.write_shard(number, table, [])
     store.write_images(catalog.finish(images, store.receipts(), store.shard_facts))
     return store

@@ -87,16 +87,16 @@ def test_a_killed_search_continues_and_leaves_the_same_pairs(rendered_collection
     done = {int(path.stem) for path in output.glob("parts-*/[0-9]*.parquet")}
     assert 1 <= len(done) < 24
 
-    searched = []
-    write = Parts.write
-    monkeypatch.setattr(
-        Parts, "write", lambda self, number, table: searched.append(number) or write(self, number, table)
-    )
+    searched, write = [], Parts.write
+
+    def counted(self, number, table):
+        searched.append((self.kind, number))
+        write(self, number, table)
+
+    monkeypatch.setattr(Parts, "write", counted)
     job = pipeline.register(told)
     assert job.counts["embedded_now"] == 0
-    assert sorted(searched) == sorted({*range(24)} - done)
-    assert {path.name for path in output.iterdir()} == {
-        *("config.yaml", "run.json", "pairs.parquet", "pairs.txt", "patch_weights.parquet"),
-    }
+    assert sorted(searched) == sorted((kind, number) for kind in ("parts", "votes") for number in {*range(24)} - done)
+    assert {path.name for path in output.iterdir()} == {path.name for path in undisturbed.iterdir()} - {"store"}
     for name in ("pairs.parquet", "pairs.txt", "patch_weights.parquet"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()

@@ -49,6 +49,11 @@ def test_frames_that_the_whitening_was_not_fitted_on(local_ray, truth, tmp_path)
     assert_good(ranked_names(run.path("pairs.parquet")), truth, names[1::2])
 
 
+def test_patches_of_one_byte_a_number_rank_as_well(local_ray, truth, tmp_path):
+    run = vop.register(images=str(OFFICE), output=str(tmp_path), embedding={"dtype": "int8"}, report={"queries": 0})
+    assert_good(ranked_names(run.path("pairs.parquet")), truth, truth.names)
+
+
 def test_an_order_that_knows_nothing_is_far_below(truth):
     """So the bounds say something about the ranking, and not about the truth."""
     rng = np.random.default_rng(0)

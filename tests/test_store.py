@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vop import catalog, files
-from vop.quantised import stored
-from vop.store import EmbeddingStore, StoreError, tensor_column
+from vop.quantised import float_type, stored
+from vop.store import GROUP_ROWS, EmbeddingStore, StoreError, tensor_column
 
 P, E, G, D = 4, 3, 5, 6
 FEATURES = {"backbone": {"name": "xfeat", "sha": "abc"}, "encoder": None, "preprocessing": {"image_size": 224}}
@@ -149,6 +149,31 @@ def test_a_selection_is_sorted_by_name_and_reads_its_own_descriptors(store):
     assert everything.take([4, 0, 4, 2]).names == ["z/q.jpg", "a.jpg", "z/q.jpg", "m.jpg"]
     assert len(everything.take([])) == 0
     assert everything.take([]).read()[1].shape == (0, P, E)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_only_the_row_groups_of_the_images_asked_for_are_read(tmp_path, monkeypatch, dtype):
+    n, rng = 2 * GROUP_ROWS + 5, np.random.default_rng(0)
+    made = EmbeddingStore.create(str(tmp_path), FEATURES, SHAPES | {"dtype": dtype}, {})
+    globals_ = rng.standard_normal((n, G)).astype(float_type(dtype))
+    patches = stored(rng.standard_normal((n, P, E)), dtype)
+    lines = {"image_id": range(n), "name": [f"{i:03d}.jpg" for i in range(n)], "scene": [""] * n, "shard": [0] * n}
+    sizes = {key: [224] * n for key in ("width", "height", "scaled_width", "scaled_height")} | {"row": range(n)}
+    columns = {"image_id": range(n), "global": tensor_column(globals_), "patches": tensor_column(patches)}
+    made.write_shard(0, pa.table(columns), [])
+    images = [dict(zip(lines | sizes, line, strict=True)) for line in zip(*(lines | sizes).values(), strict=True)]
+    made.write_images(pa.Table.from_pylist([line | {"status": catalog.OK} for line in images], schema=catalog.SCHEMA))
+
+    asked, read = [], pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda *given: asked.append(given[1]) or read(*given))
+    last = n - 1
+    for rows, groups in [([last], [2]), ([last, 0], [0, 2]), ([GROUP_ROWS, GROUP_ROWS - 1, 3, 3], [0, 1]),
+                         (rng.permutation(n).tolist(), [0, 1, 2])]:  # fmt: skip
+        found = made.select().take(rows).read()
+        assert asked.pop() == groups
+        for array, expected in zip(found, (globals_, patches), strict=True):
+            np.testing.assert_array_equal(array, expected[rows])
+    assert not asked
 
 
 def test_a_name_that_is_not_in_the_store_is_named(store):

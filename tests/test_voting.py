@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core.errors import TypingError
 
+from vop.quantised import stored
 from vop.retrieval import kernel, tiles, voting
 from vop.retrieval.voting import PairVotes
 
@@ -228,16 +229,15 @@ def draw_bound(data, similarities):
     P=st.integers(1, 40),
     Q=st.integers(1, 40),
     E=st.sampled_from([1, 5, 16, 33, 64]),
-    half=st.booleans(),
+    dtype=st.sampled_from(["float32", "float16", "int8"]),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_integer_pass_leaves_no_trace_in_the_bits(kinds, seed, P, Q, E, half, data):
+def test_the_integer_pass_leaves_no_trace_in_the_bits(kinds, seed, P, Q, E, dtype, data):
     """Neither does which image comes first: the votes back are those of the swapped pair."""
     rng = np.random.default_rng(seed)
     x, y = image(rng, kinds, P, E), image(rng, kinds, Q, E)
-    if half:
-        x, y = (np.clip(side, -6e4, 6e4).astype(np.float16) for side in (x, y))
+    x, y = (stored(np.clip(side, -6e4, 6e4), dtype) for side in (x, y))
     bound = draw_bound(data, similarity_table(x, y))
     there, back = hits(x, y, bound, False)
     assert hits(x, y, bound, True) == [there, back]
@@ -360,6 +360,15 @@ def test_a_processor_without_avx2_gives_the_same_bits(tmp_path):
     assert {name: array.tobytes() for name, array in here.items()} == {
         name: array.tobytes() for name, array in there.items()
     }
+
+
+@pytest.mark.parametrize("features", [None, "", "+sse2"])
+def test_what_numba_makes_code_for_decides_about_the_integer_pass(features):
+    """Not what the processor at hand could do: the compiler would end the process at such an instruction."""
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CPU_FEATURES"}
+    environment |= {"NUMBA_CPU_NAME": "generic"} | ({} if features is None else {"NUMBA_CPU_FEATURES": features})
+    command = [sys.executable, "-c", "from vop.retrieval import tiles; print(tiles.SCREENS)"]
+    assert subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_tiling_leaves_no_trace_in_the_bits():

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from vop import catalog, files
 from vop.quantised import float_type
 
 FORMAT = "vop-store-1"
+GROUP_ROWS = 16  # images in a row group of a shard: the least that is read of it, 2 MB of 256 x 256 float16
 
 
 class StoreError(ValueError):
@@ -126,10 +128,10 @@ class Selection:
         """Read columns of the images into arrays, a shard at a time."""
         shards, rows = self.locations
         for number in np.unique(shards):
-            table = self.store.read_shard(int(number), list(columns))
             here = np.flatnonzero(shards == number)
+            table, places = self.store.read_around(int(number), rows[here], list(columns))
             for name, array in columns.items():
-                array[here] = tensor_values(table[name])[rows[here]]
+                array[here] = tensor_values(table[name])[places]
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,8 @@ class EmbeddingStore:
             # Descriptors look random: dictionaries, statistics and compression cost time and save nothing. But Parquet
             # has no type of one byte: int8 takes one by means of a dictionary of its 255 values, without it four.
             in_bytes = ["patches.list.element"] if table["patches"].type.value_type == pa.int8() else False
-            pq.write_table(table, inner, filesystem=filesystem, use_dictionary=in_bytes, write_statistics=False,
-                           compression="none")  # fmt: skip
+            pq.write_table(table, inner, filesystem=filesystem, row_group_size=GROUP_ROWS, use_dictionary=in_bytes,
+                           write_statistics=False, compression="none")  # fmt: skip
         receipt = {
             "shard": number,
             "rows": table.num_rows + len(quarantined),
@@ -277,9 +279,27 @@ class EmbeddingStore:
 
     def read_shard(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Columns of a shard. Raises `StoreError` if the file is missing or is not whole Parquet."""
+        with self._parquet(number) as file:
+            return file.read(columns)
+
+    def read_around(self, number: int, rows: np.ndarray, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+        """Columns of those row groups of a shard that hold these rows (n,), and where in them the rows are, (n,).
+
+        Raises `StoreError` as `read_shard` does.
+        """
+        with self._parquet(number) as file:
+            sizes = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+            ends = np.cumsum(sizes)
+            groups, group = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
+            skipped = (ends - sizes)[groups] - (np.cumsum(sizes[groups]) - sizes[groups])
+            return file.read_row_groups(groups.tolist(), columns), rows - skipped[group]
+
+    @contextmanager
+    def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
         filesystem, inner = files.resolve(files.join(self.path, f"{shard_name(number)}.parquet"))
         try:
-            return pq.read_table(inner, columns=columns, filesystem=filesystem, partitioning=None)
+            with pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=True) as file:
+                yield file
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             receipt = f"{shard_name(number)}.json"
             raise StoreError(f"cannot read {inner}: {error}. Delete {receipt} and run `vop embed` again") from error

@@ -17,7 +17,7 @@ and a sum over h hits differs by at most h * (tolerance(E) + h * 2**-23).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,29 +34,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairVotes:
-    """Votes of n pairs of a query and a database image, in the order of (query, row).
+    """Votes of n pairs of images: the fields of `voting.PairVotes` (which needs Numba), so that
+    ``voting.PairVotes(**vars(found))`` merges. Pairs without a hit are left out.
 
-    Columns are the patches that take part, in their order: those of query q are the first patches[q], those of the
-    database image of pair i the first row_patches[i]. The columns behind them are 0.
-
-    pair_query      (n,) int64: which query of the batch
-    pair_row        (n,) int64: which database row
-    sums, counts    (n, P) float32 and int32: A and C of the query's patches
-    reverse_sums, reverse_counts  (n, S) float32 and int32: A and C of the database image's patches, had it asked the
-                    query; None unless both directions were asked for
-    patches         (Q,) int64; row_patches (n,) int64
-    candidates      (Q,) int64: how many rows were searched for each query, those without a hit too
+    queries (n,) int64; rows (n,) int64; starts (n + 1,) int64; patches uint16, counts uint16, sums float32: pair i has
+    the entries starts[i] .. starts[i + 1] of the last three.
     """
 
-    pair_query: np.ndarray
-    pair_row: np.ndarray
-    sums: np.ndarray
-    counts: np.ndarray
-    reverse_sums: np.ndarray | None
-    reverse_counts: np.ndarray | None
+    queries: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
     patches: np.ndarray
-    row_patches: np.ndarray
-    candidates: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
 
 
 def tolerance(E: int) -> float:
@@ -87,6 +77,7 @@ class CudaShard:
     rows       (n,) int64 database rows, no two equal
     masks      (n, P) bool, True where a patch is image; None: padding votes too
     scenes     (n,) int scene codes, or None
+    fresh      (n,) bool, or None: the rows among which settled queries are searched
     device     such as "cuda" or "cuda:1"; "cpu" runs the torch kernel
     kernel     "triton" or "torch", see the module; None: `KERNEL` on a CUDA device, "torch" elsewhere. The attribute
                `kernel` and the log say which one is used; none replaces another
@@ -97,10 +88,20 @@ class CudaShard:
     """
 
     def __init__(
-        self, patches, globals, rows, masks=None, scenes=None, device="cuda", kernel=None, workspace=WORKSPACE
+        self,
+        patches,
+        globals,
+        rows,
+        masks=None,
+        scenes=None,
+        fresh=None,
+        *,
+        device="cuda",
+        kernel=None,
+        workspace=WORKSPACE,
     ):
         rows = np.asarray(rows, np.int64)
-        _check_arrays(patches, globals, rows, masks, scenes)
+        _check_arrays(patches, globals, rows, masks, scenes, fresh)
         self.device, self.workspace = torch.device(device), workspace
         self.kernel = kernel or (KERNEL if self.device.type == "cuda" else "torch")
         self._pair_votes = _kernel(self.kernel, self.device)
@@ -110,126 +111,92 @@ class CudaShard:
         order = np.argsort(rows)  # the shard lies in database order
         self._rows = rows[order]
         self._places = to_device(self._rows, self.device)
-        self._scenes = None if scenes is None else to_device(np.asarray(scenes, np.int64)[order], self.device)
         self._patches, self._sizes = self._resident(patches, masks, order)
         globals_ = to_device(np.asarray(globals)[order].astype(np.float32), self.device)
-        self._globals = GlobalSearch(globals_, self._places, self._scenes, workspace)
+        codes, fresh = (
+            None if array is None else to_device(np.asarray(array, np.int64)[order], self.device)
+            for array in (scenes, fresh)
+        )
+        self._globals = GlobalSearch(globals_, self._places, codes, fresh, workspace)
         log.info("%d images on %s; votes by the %s kernel", len(rows), self.device, self.kernel)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def shortlist(self, query_globals, k: int, exclude=None, scenes=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def shortlist(
+        self, query_globals, k: int, exclude=None, scenes=None, settled=None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k best rows of this shard for each of query_globals (Q, G); see `GlobalSearch`.
 
         exclude (Q,): each query's own database row, which is left out; -1 for none. scenes (Q,): each query sees only
-        the rows with its code. Returns offsets (Q + 1,) int64, rows int64, scores float32: the fields of a `Shortlist`.
+        the rows with its code. settled (Q,) bool: queries that see only the fresh rows. Returns offsets (Q + 1,) int64,
+        rows int64, scores float32: the fields of a `Shortlist`.
         """
+        count = len(query_globals)
+        for name, array in (("exclude", exclude), ("scenes", scenes), ("settled", settled)):
+            if array is not None and len(array) != count:
+                raise ValueError(f"{len(array)} {name} for {count} queries")
+        columns = np.full(count, -1) if exclude is None else exclude, scenes, settled
+        exclude, scenes, settled = (
+            None if array is None else to_device(np.asarray(array, np.int64), self.device) for array in columns
+        )
         queries = to_device(np.asarray(query_globals, np.float32), self.device)
-        exclude, scenes = self._of_queries(len(queries), exclude, scenes)
-        return self._globals.search(queries, k, exclude, scenes)
+        return self._globals.search(queries, k, exclude, scenes, settled)
 
-    def votes(
-        self,
-        query_patches,
-        query_masks: np.ndarray | None,
-        candidates: Sequence[np.ndarray] | None,
-        radius: float,
-        exclude: np.ndarray | None = None,
-        scenes: np.ndarray | None = None,
-        both: bool = False,
-    ) -> PairVotes:
-        """Votes of Q queries for those of their candidates that lie in this shard; see `ShardIndex.votes`.
+    def votes(self, patches, masks: np.ndarray | None, wanted, radius: float) -> tuple[PairVotes, PairVotes]:
+        """Votes of Q queries for those of the wanted rows that lie in this shard; rows of other shards are ignored.
 
-        query_patches  (Q, P, E) in the shard's type: a NumPy array, or a tensor, which need not travel if it is on the
-                       device; query_masks (Q, P) bool, or None: all patches vote
-        candidates     per query the database rows to search; rows of other shards are ignored, every candidate is
-                       returned. None: search every row and return the pairs with a hit
-        exclude        (Q,) each query's own database row, never a candidate; -1 for a query that is not in the database
-        scenes         (Q,) codes: a query sees only the rows with the same
-        both           also what the candidate's patches find in the query, from the same similarities
+        patches  (Q, P, E) in the shard's type: a NumPy array, or a tensor, which need not travel if it is on the device
+        masks    (Q, P) bool, or None: all patches vote
+        wanted   an `index.Wanted`, or anything with its arrays: queries (m,) positions in the batch, rows (m,) database
+                 rows, mutual (m,) bool; no pair twice
 
-        ValueError if E or the type differs, a radius is out of range, or a query names a candidate twice.
+        Returns the votes of the queries for the rows, and where `mutual` those of the rows for the queries, from the
+        same similarities; the latter's queries are database rows and its rows positions in the batch. Entries count
+        patches among those that take part. The pairs come in no promised order: `voting.merge` sorts them, and refuses
+        a pair that comes twice. ValueError if E or the type differs, or a radius is out of range.
         """
         bound = _threshold(radius)
-        x, x_sizes = _packed(query_patches, query_masks, self.device)
+        x, x_sizes = _packed(patches, masks, self.device)
         if x.shape[2] != self._patches.shape[2] or x.dtype != self._patches.dtype:
             raise ValueError(
                 f"query patches are {x.dtype} of width {x.shape[2]}, those of the shard {self._patches.dtype} of width "
                 f"{self._patches.shape[2]}: make both by the same encoder and store them in one type"
             )
-        exclude, scenes = self._of_queries(len(x), exclude, scenes)
-        if candidates is None:
-            pairs = self._all_pairs(len(x), exclude, scenes)
-        else:
-            pairs = [self._listed_pairs(len(x), candidates, exclude, scenes)]
-        parts, searched = [], np.zeros(len(x), np.int64)
-        for query, place in pairs:
-            searched += to_host(torch.bincount(query, minlength=len(x)))
-            size = max(1, self.workspace // self._pair_bytes(x.shape[1], both))
-            for q, j in zip(query.split(size), place.split(size), strict=True):
-                votes = self._pair_votes(x, x_sizes, self._patches, self._sizes, q, j, bound, both)
-                columns = [q, j, *votes]
-                if candidates is None:
-                    hit = votes[1].any(1)
-                    columns = [column[hit] for column in columns]
-                parts.append([to_host(column) for column in columns])
-        query, place, sums, counts, *reverse = (np.concatenate(column) for column in zip(*parts, strict=True))
-        row_sizes = to_host(self._sizes)[place].astype(np.int64)
-        reverse = reverse or (None, None)
-        sizes = to_host(x_sizes).astype(np.int64)
-        return PairVotes(query, self._rows[place], sums, counts, *reverse, sizes, row_sizes, searched)
+        found, back = [], []
+        for both, query, place in self._pairs(wanted, x.shape[1]):
+            votes = self._pair_votes(x, x_sizes, self._patches, self._sizes, query, place, bound, both)
+            rows = self._places[place]
+            found.append(_with_hits(query, rows, *votes[:2]))
+            if both:
+                back.append(_with_hits(rows, query, *votes[2:]))
+        return _joined(found), _joined(back)
 
-    def _listed_pairs(self, count: int, candidates, exclude, scenes):
-        """Query and place in this shard (n,) of every candidate that lies here, in the order of (query, row)."""
-        if len(candidates) != count:
-            raise ValueError(f"{len(candidates)} candidates for {count} queries")
-        query = to_device(np.repeat(np.arange(count), [len(rows) for rows in candidates]), self.device)
-        rows = to_device(np.concatenate([np.empty(0, np.int64), *candidates]).astype(np.int64), self.device)
+    def _pairs(self, wanted, P: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
+        """The wanted pairs that lie here, in parts that keep within the workspace: whether they are mutual, query and
+        place in this shard, in the order of (query, row)."""
+        arrays = (np.asarray(array, np.int64) for array in (wanted.queries, wanted.rows, wanted.mutual))
+        query, rows, mutual = (to_device(array, self.device) for array in arrays)
         place = torch.searchsorted(self._places, rows).clamp_(max=len(self) - 1)
-        kept = self._allowed(query, place, exclude, scenes) & (self._places[place] == rows)
-        pair = (query * len(self) + place)[kept].sort().values
-        twice = pair[1:][pair[1:] == pair[:-1]]
-        if len(twice):
-            q = int(twice[0]) // len(self)
-            raise ValueError(f"the candidates of query {q} of the batch name a row twice: it would vote twice")
-        return pair // len(self), pair % len(self)
-
-    def _all_pairs(self, count: int, exclude, scenes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every query with every row that it may see, as many queries at a time as the workspace lists."""
-        index = torch.arange(max(1, count), device=self.device)[:count]
-        for part in index.split(max(1, self.workspace // (64 * len(self)))):
-            query = part.repeat_interleave(len(self))
-            place = torch.arange(len(self), device=self.device).repeat(len(part))
-            kept = self._allowed(query, place, exclude, scenes)
-            yield query[kept], place[kept]
-
-    def _allowed(self, query, place, exclude, scenes) -> torch.Tensor:
-        allowed = self._places[place] != exclude[query]
-        return allowed if scenes is None else allowed & (self._scenes[place] == scenes[query])
+        here = self._places[place] == rows
+        for both in (False, True):
+            pair = (query * len(self) + place)[here & (mutual == both)].sort().values
+            for part in pair.split(max(1, self.workspace // self._pair_bytes(P, both))):
+                if len(part):
+                    yield both, part // len(self), part % len(self)
 
     def _pair_bytes(self, P: int, both: bool) -> int:
-        """Device memory that a pair needs during a launch: its results twice (where some are selected), and the rest.
+        """Device memory that a pair needs during a launch.
 
-        The Triton kernel returns the reverse votes by blocks of at least 16 query patches and lists its tiles; the
-        torch kernel gathers the patches, widens them on a CPU, and writes the similarities and the hits.
+        For the results and the entries made of them; the Triton kernel returns reverse votes by blocks of at least 16
+        query patches and lists its tiles; the torch kernel gathers the patches, widens them on a CPU, and writes the
+        similarities and the hits.
         """
         _, S, E = self._patches.shape
-        results = 16 * (P + S * both)
+        results = 48 * (P + S * both)
         if self.kernel == "triton":
             return results + 8 * S * both * -(-P // 16) + 64 * -(-S // 16)
         return results + 8 * (P + S) * E + 10 * P * S
-
-    def _of_queries(self, count: int, exclude, scenes):
-        """Own rows and scene codes of the queries as tensors; ValueError unless there is one for each."""
-        for name, array in (("exclude", exclude), ("scenes", scenes)):
-            if array is not None and len(array) != count:
-                raise ValueError(f"{len(array)} {name} for {count} queries")
-        if scenes is not None and self._scenes is None:
-            raise ValueError("a search by scene needs a shard with scenes: give CudaShard the scene codes of its rows")
-        exclude = np.full(count, -1) if exclude is None else exclude
-        own = to_device(np.asarray(exclude, np.int64), self.device)
-        return own, None if scenes is None else to_device(np.asarray(scenes, np.int64), self.device)
 
     def _resident(self, patches, masks, order):
         """The patches on the device, in the order given, those that take part first, and how many take part."""
@@ -275,6 +242,30 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
     return staged.copy_(tensor).numpy()
 
 
+def _with_hits(queries, rows, sums, counts) -> PairVotes:
+    """The pairs (n,) that have a hit, on the host, from their sums and counts (n, P)."""
+    entries = counts > 0
+    sizes = entries.sum(1)
+    hit = sizes > 0
+    starts = torch.nn.functional.pad(sizes[hit].cumsum(0), (1, 0))
+    patches = entries.nonzero()[:, 1].short()  # 16 bits, which the host reads as unsigned
+    columns = [to_host(t) for t in (queries[hit], rows[hit], starts, patches, counts[entries].short(), sums[entries])]
+    return PairVotes(*columns[:3], columns[3].view(np.uint16), columns[4].view(np.uint16), columns[5])
+
+
+def _joined(parts: list[PairVotes]) -> PairVotes:
+    starts, end = [np.zeros(1, np.int64)], 0
+    for part in parts:
+        starts.append(part.starts[1:] + end)
+        end += part.starts[-1]
+    names = {"queries": np.int64, "rows": np.int64, "patches": np.uint16, "counts": np.uint16, "sums": np.float32}
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)])
+        for name, dtype in names.items()
+    }
+    return PairVotes(starts=np.concatenate(starts), **columns)
+
+
 def _packed(patches, masks: np.ndarray | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches (n, P, E) on the device, those where `masks` (n, P) is True first and zeros behind; their number (n,)."""
     packed = patches.to(device) if isinstance(patches, torch.Tensor) else to_device(patches, device)
@@ -312,10 +303,13 @@ def _threshold(radius: float) -> float:
     return float(np.float32(1.0 - float(radius)))
 
 
-def _check_arrays(patches, globals, rows, masks, scenes) -> None:
+def _check_arrays(patches, globals, rows, masks, scenes, fresh) -> None:
     if _type_name(patches) not in ("float16", "float32", "bfloat16"):
-        raise ValueError(f"patches are {_type_name(patches)}, expected float16, bfloat16 or float32")
-    named = (("patches", patches), ("globals", globals), ("masks", masks), ("scenes", scenes))
+        raise ValueError(
+            f"patches are {_type_name(patches)}, but a card takes float16, bfloat16 or float32: search on the CPU, or "
+            "embed with embedding.dtype=float16"
+        )
+    named = (("patches", patches), ("globals", globals), ("masks", masks), ("scenes", scenes), ("fresh", fresh))
     for name, array in named:
         if array is not None and len(array) != len(rows):
             raise ValueError(

@@ -98,7 +98,7 @@ def run(x, x_sizes, y, plan: Plan, n: int, bound: float, both: bool, tile: Tile)
     P, S, E = x.shape[1], y.shape[1], x.shape[2]
     tile_p, tile_s, tile_e = _power_of_two(P, tile.p), _power_of_two(S, tile.s), _power_of_two(E, tile.e)
     blocks = triton.cdiv(P, tile_p)
-    shapes = [(n, P), (n, blocks, S)] if both else [(n, P), (0,)]
+    shapes = (n, P), (n, blocks, S) if both else (1,)  # the kernel takes reverse votes in any case
     types = torch.float32, torch.int32
     forward, reverse = ([torch.zeros(shape, dtype=t, device=x.device) for t in types] for shape in shapes)
     if len(plan.tiles):

@@ -12,7 +12,7 @@ import numpy as np
 from vop.quantised import float_type
 from vop.retrieval import kernel
 from vop.retrieval.shortlist import GlobalIndex, Shortlist
-from vop.retrieval.voting import NO_VOTES, PairVotes, merge, threshold
+from vop.retrieval.voting import PairVotes, merge, threshold
 
 PAIRS_AT_ONCE = 4096  # bounds the scratch memory of a call
 
@@ -54,6 +54,8 @@ class ShardIndex:
                 raise ValueError(
                     f"{length} {name} for {len(rows)} rows: all arrays of a shard describe the same images"
                 )
+        if masks is not None and np.shape(masks) != patches.shape[:2]:
+            raise ValueError(f"masks of shape {np.shape(masks)} for patches of shape {patches.shape}: one bool a patch")
         if not len(rows):
             raise ValueError("a shard without rows: give the database to fewer shards")
         if len(np.unique(rows)) != len(rows):
@@ -90,12 +92,18 @@ class ShardIndex:
                 f"query patches have width {patches.shape[2]}, the database {self._patches.shape[2]}: were both made "
                 "by the same encoder?"
             )
+        masks = np.ones(patches.shape[:2], bool) if masks is None else masks
+        if masks.shape != patches.shape[:2]:
+            raise ValueError(f"masks of shape {masks.shape} for patches of shape {patches.shape}: one bool a patch")
+        if len(wanted) and not 0 <= wanted.queries.min() <= wanted.queries.max() < len(patches):
+            raise ValueError(
+                f"the wanted pairs name queries outside the batch of {len(patches)}"
+            )  # read unchecked below
         rank = np.minimum(np.searchsorted(self._sorted, wanted.rows), len(self) - 1)
         here = np.flatnonzero(self._sorted[rank] == wanted.rows)
         here = here[np.argsort(rank[here], kind="stable")]  # by row, so that a row is read and converted once
         place, query, mutual = self._order[rank[here]], wanted.queries[here], wanted.mutual[here]
-        packed = kernel.stack(patches, np.ones(patches.shape[:2], bool) if masks is None else masks)
-        bits, found, back = kernel.as_bits(self._patches), [NO_VOTES], [NO_VOTES]
+        packed, bits, found, back = kernel.stack(patches, masks), kernel.as_bits(self._patches), [], []
         for start in range(0, len(here), PAIRS_AT_ONCE):
             now = slice(start, start + PAIRS_AT_ONCE)
             pairs = place[now], query[now], mutual[now]

@@ -4,6 +4,9 @@ A similarity of two float32 rows is eight chains of fused multiply-adds, over e 
 tree of additions, whatever computes it: `similarities` for single pairs of rows, `tile_full` for a block of them.
 `screen_tile` multiplies 7-bit integers, nearly three times as fast. Fused multiply-add is an instruction of x86 since
 2013 and of every 64-bit ARM; elsewhere the result is the same and slow.
+
+Numba's cache of machine code looks at the file of the calling function only: whoever changes something here also
+touches kernel.py and patches.py.
 """
 
 import llvmlite.binding
@@ -22,7 +25,7 @@ LEVEL = 45  # largest integer: 4 steps x 2 products x (2 * 45) x 45 = 32,400 is 
 
 _features = numba.config.CPU_FEATURES
 # Whether `screen_tile` runs here; numba can be told to make code for another processor.
-SCREENS = "+avx2" in _features if _features else llvmlite.binding.get_host_cpu_features().get("avx2", False)
+SCREENS = "+avx2" in _features if _features is not None else llvmlite.binding.get_host_cpu_features().get("avx2", False)
 
 _FLOAT, _INT, _SHORT, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)

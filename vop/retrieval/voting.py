@@ -95,6 +95,7 @@ def merge(parts: Sequence[PairVotes]) -> PairVotes:
 
     ValueError if a pair comes twice: its votes would count twice.
     """
+    parts = [NO_VOTES, *parts]
     ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
     names = ("queries", "rows", "patches", "counts", "sums")
     queries, rows, *entries = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
@@ -144,6 +145,9 @@ def votes(x: np.ndarray, candidates: Sequence[np.ndarray], radius: float, rows: 
     rows = np.arange(len(candidates)) if rows is None else np.asarray(rows, np.int64)
     if len(rows) != len(candidates):
         raise ValueError(f"{len(rows)} rows for {len(candidates)} candidates")
+    for y in candidates:
+        if y.shape[1] != x.shape[1]:
+            raise ValueError(f"patches have width {y.shape[1]}, expected {x.shape[1]}: were both made by one encoder?")
     packed = kernel.stack(np.asarray(x)[None], np.ones((1, len(x)), bool))
     once, one = np.zeros(1, np.int64), np.zeros(1, bool)
     sums, counts = np.zeros((len(rows), len(x)), np.float32), np.zeros((len(rows), len(x)), np.int32)

@@ -1,0 +1,439 @@
+"""Time and memory of a search as the collection grows to 100,000 images, and what follows for 1 and 100 million.
+
+    python benchmarks/scale.py [--sizes 1000,10000,100000] [--queries 1000] [--data DIR] [--keep]
+
+The images are those of `vop.datasets.synthetic`: 256 patches of width 256, float16, whose neighbours share landmarks
+(131 kB an image: 13 GB for 100,000, made and written shard by shard). Every size is the first images of one store.
+
+For each size `vop retrieve` runs twice, each time in a process of its own, with a shortlist and votes of K = 20 for
+`--queries` images spread evenly over the collection (all of them, if it has no more). First with one batch of queries
+and an empty `retrieval.cache`: how long the search actors take to write their memory-mapped copies. Then with all
+queries: the stages. `read`, `send`, `merge` and `write` are the driver's, timed around its functions; `shortlist` and
+`votes` are the actors', as they report it, added up over actors; all are wall clock, so that waiting for the disk and
+for a core counts. Stages overlap: `wall` is what a query takes from the start of the search to its end. `prepare` is
+what the driver does before (catalog, names, fingerprints); `start` is from the start of the actors until they answer.
+
+Memory is sampled from /proc (Linux): largest anonymous memory, mapped files (which the system may drop; the copies of
+the descriptors are there) and shared memory (Ray's objects, seen by everyone) of every process. The growth exponent is
+the slope of log seconds over log images. The last line is one JSON object.
+
+The store takes 132 MB per 1,000 images and the copies as much again: 27 GB for 100,000. With --data they lie in DIR,
+and a killed run goes on with the store that it finds there. Without --keep they are deleted in the end, except for a
+store that was there before.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from embed import CORES, busy_cores, process_tree
+
+P = E = G = 256
+IMAGE_BYTES = 2 * P * E
+K, BATCH, SHARD_SIZE = 20, 64, 256
+DRIVER, ACTORS = ("read", "send", "merge", "write"), ("shortlist", "votes")
+SAMPLING_S = 0.2
+KINDS = {"RssAnon": "anonymous", "RssFile": "files", "RssShmem": "shared"}
+# The cluster of the projection.
+NODES, NODE_CORES, NODE_GB, LINK_GB_S, DISK_GB_S = 16, 32, 256, 3.1, 2.0
+PROJECTED = 10**6, 10**8
+
+
+class Clock:
+    """Seconds by stage, gathered by wrapping functions of the package."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+
+    def wrap(self, owner, name: str, stage: str) -> None:
+        """Count every call of `owner.name` for a stage."""
+        inner = getattr(owner, name)
+
+        def timed(*arguments, **keywords):
+            start = time.perf_counter()
+            try:
+                return inner(*arguments, **keywords)
+            finally:
+                self.seconds[stage] += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+    def wrap_actors(self, shards) -> None:
+        """Count what the actors of a `Shards` class report: they are asked with as many references as listed here."""
+        inner, stages = shards._wait, {0: "load", 1: "shortlist", 2: "votes"}
+
+        def wait(running, asked):
+            before = running.busy.sum()
+            answers = inner(running, asked)
+            self.seconds[stages[len(asked.given)]] += running.busy.sum() - before
+            return answers
+
+        shards._wait = wait
+
+
+def retrieve(folder: str, output: str, queries: list[str], database: list[str], radius: float, answer) -> None:
+    """One `vop retrieve`, in this process; sends what it took."""
+    import ray
+
+    import vop
+    from vop import pairs
+    from vop.parts import Parts
+    from vop.retrieval import search as searching
+    from vop.retrieval import shortlist, voting
+    from vop.retrieval.reuse import Reuse
+    from vop.stages import cluster
+    from vop.stages import search as stage
+    from vop.store import Selection
+
+    clock = Clock()
+    for owner, names, counted in [
+        (Selection, ["read"], "read"),
+        (searching, ["masks"], "read"),
+        (ray, ["put"], "send"),
+        (stage, ["_answer"], "send"),
+        (voting, ["merge"], "merge"),
+        (shortlist, ["merge"], "merge"),
+        (Reuse, ["want", "add", "complete", "recall"], "merge"),
+        (searching.Search, ["candidates", "rank"], "merge"),
+        (searching.Search, ["kept"], "write"),
+        (Parts, ["write"], "write"),
+        (pairs, ["write", "finish"], "write"),
+        (cluster, ["_start"], "ray"),
+    ]:
+        for name in names:
+            clock.wrap(owner, name, counted)
+    clock.wrap_actors(stage.Shards)
+    entered = []
+
+    class Shards(stage.Shards):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            entered.append(time.perf_counter())
+
+        def rank(self, numbers):
+            entered.append(time.perf_counter())
+            yield from super().rank(numbers)
+            entered.append(time.perf_counter())
+
+    stage.Shards = Shards
+    where = Path(folder)
+    for name, listed in (("queries", queries), ("database", database)):
+        (where / f"{name}.txt").write_text("".join(f"{line}\n" for line in listed))
+    began = time.perf_counter()
+    run = vop.retrieve(
+        queries=str(where / "queries.txt"),
+        database=str(where / "database.txt"),
+        store=str(where / "store"),
+        output=str(where / output),
+        retrieval={"shortlist": K, "k": K, "radius": radius, "query_batch": BATCH, "cache": str(where / "cache")},
+        report={"queries": 0},
+        cluster={"object_store_gb": 2.0},
+    )
+    started, ready, finished = entered
+    answer.send(
+        {stage: clock.seconds[stage] for stage in (*DRIVER, *ACTORS)}
+        | {"prepare": run.timings["total"] - run.timings["search"] - run.timings["write pairs"] - clock.seconds["ray"]}
+        | {"start": ready - started, "wall": finished - ready, "total": time.perf_counter() - began}
+        | {"counts": run.counts}
+    )
+
+
+class Memory(threading.Thread):
+    """Watches a process and its descendants; `peaks` are MB by process and kind."""
+
+    def __init__(self, process: int):
+        super().__init__(daemon=True)
+        self.process, self.done = process, threading.Event()
+        self.peaks: dict[int, dict[str, float]] = {}
+        self.names = {process: "driver"}
+
+    def run(self) -> None:
+        while not self.done.wait(SAMPLING_S):
+            for process in process_tree(self.process):
+                self._look(process)
+
+    def _look(self, process: int) -> None:
+        try:
+            command = Path(f"/proc/{process}/cmdline").read_bytes()
+            lines = Path(f"/proc/{process}/status").read_text().split("\n")
+        except OSError:
+            return  # it has ended
+        if process != self.process:  # a worker is idle before it is an actor
+            self.names[process] = "actor" if command.startswith(b"ray::SearchShard") else "other"
+        peak = self.peaks.setdefault(process, dict.fromkeys(KINDS.values(), 0.0))
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name in KINDS:
+                peak[KINDS[name]] = max(peak[KINDS[name]], int(value.split()[0]) * 1024 / 1e6)
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Peaks of the driver, of every actor, and of Ray's own processes, added up."""
+        found: dict[str, dict[str, int]] = {}
+        for process, peak in sorted(self.peaks.items()):
+            name = self.names[process]
+            if name == "actor":
+                name = f"actor {sum(known.startswith('actor') for known in found)}"
+            known = found.setdefault(name, dict.fromkeys(KINDS.values(), 0))
+            for kind, value in peak.items():
+                known[kind] += round(value)
+        return found
+
+
+def in_process(function, *arguments) -> tuple[dict, dict]:
+    """What `function` sends to its last argument, run in a process of its own, and its peaks of memory."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, send))
+    process.start()
+    send.close()
+    watch = Memory(process.pid)
+    watch.start()
+    try:
+        return receive.recv(), watch.report()
+    except EOFError:
+        raise SystemExit(f"{function.__name__} failed; the reason stands above") from None
+    finally:
+        watch.done.set()
+        process.join()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(folder: Path, world, size: int, count: int, radius: float) -> dict:
+    """Both runs of one size."""
+    names = [world.name(number) for number in range(size)]
+    queries = [names[i] for i in np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))]
+    for stale in ("cache", "first", "run"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    others = busy_cores()
+    first, filling = in_process(retrieve, str(folder), "first", queries[:BATCH], names, radius)
+    found, memory = in_process(retrieve, str(folder), "run", queries, names, radius)
+    others = max(others, busy_cores())
+    done = len(queries)
+    counted = found["counts"]
+    result = {"images": size, "queries": done, "shards": len(counted["shard_seconds"])}
+    result |= {"pairs_per_query": round(counted["pairs_scored"] / done, 2), "others_busy_cores": round(others, 2)}
+    result |= quality(folder / "run", world)
+    result["ms_per_query"] = {name: 1e3 * found[name] / done for name in ("wall", *DRIVER, *ACTORS)}
+    result["once_s"] = {"fill": first["start"], "start": found["start"], "prepare": found["prepare"]}
+    result["units_s"] = {
+        "shortlist_query_row": found["shortlist"] / done / size,
+        "votes_pair": found["votes"] / counted["pairs_scored"],
+    }
+    result["memory_mb"] = memory
+    result["filling_mb"] = {name: peak for name, peak in filling.items() if name.startswith("actor")}
+    disk = {"cache": size_of(folder / "cache"), "run": size_of(folder / "run")}
+    result["disk_mb"] = {name: round(value / 1e6, 2) for name, value in disk.items()}
+    for stale in ("cache", "first", "run", "queries.txt", "database.txt"):
+        path = folder / stale
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return result
+
+
+def quality(run: Path, world) -> dict[str, float]:
+    """Whether the data are like photographs: hits among patches that met, and pairs that really overlap."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    kept = [pq.read_table(part, columns=["counts"])["counts"] for part in sorted(run.glob("votes-*/*.parquet"))]
+    hits, pairs = sum(pc.sum(pc.list_flatten(part)).as_py() or 0 for part in kept), sum(map(len, kept))
+    ranked = pq.read_table(run / "pairs.parquet", columns=["query", "database", "rank"])
+    best = ranked.filter(pc.equal(ranked["rank"], 0))
+    numbers = (np.array([world.number(name) for name in best[side].to_pylist()]) for side in ("query", "database"))
+    return {
+        "hit_density": round(hits / pairs / P**2, 5),
+        "best_overlaps": round(float(np.mean(world.overlap(*numbers) > 0)), 4),
+    }
+
+
+def exponent(results: list[dict], value) -> float | None:
+    """Slope of log value over log images; None where a value is 0 or there is one size."""
+    values = [value(result) for result in results]
+    if len(results) < 2 or min(values) <= 0:
+        return None
+    return round(float(np.polyfit(np.log([result["images"] for result in results]), np.log(values), 1)[0]), 2)
+
+
+def table(results: list[dict]) -> dict[str, float | None]:
+    """Print stages, memory and disk by size; returns the exponents of the stages."""
+    exponents: dict[str, float | None] = {}
+
+    def line(label: str, value, digits: int = 2, grows: bool = True) -> None:
+        slope = exponent(results, value) if grows else None
+        if grows:
+            exponents[label] = slope
+        numbers = "".join(f"{value(result):>12,.{digits}f}" for result in results)
+        print(f"{label:<34}{numbers}" + (f"{slope:>10.2f}" if slope is not None else ""))
+
+    print(f"{'images':<34}" + "".join(f"{result['images']:>12,}" for result in results) + f"{'exponent':>10}")
+    line("queries", lambda r: r["queries"], 0, False)
+    line("pairs scored per query", lambda r: r["pairs_per_query"], 1, False)
+    line("hits among patch pairs, %", lambda r: 100 * r["hit_density"], 2, False)
+    line("best image overlaps, %", lambda r: 100 * r["best_overlaps"], 1, False)
+    line("other work, busy cores", lambda r: r["others_busy_cores"], 2, False)
+    print("ms per query")
+    for name in ("wall", *DRIVER, *ACTORS):
+        line(f"  {name}", lambda r, name=name: r["ms_per_query"][name])
+    line("  votes, per pair", lambda r: 1e3 * r["units_s"]["votes_pair"], 3)
+    print("seconds, once")
+    for name, meaning in (("prepare", "prepare"), ("fill", "start, cache empty"), ("start", "start, cache there")):
+        line(f"  {meaning}", lambda r, name=name: r["once_s"][name], 1)
+    print("peak memory, MB: anonymous + mapped files + shared")
+    for process in sorted({process for result in results for process in result["memory_mb"]}):
+        cells = (result["memory_mb"].get(process) for result in results)
+        print(f"  {process:<32}" + "".join(f"{_memory(cell):>18}" for cell in cells))
+    cells = (max(r["filling_mb"].values(), key=lambda peak: sum(peak.values())) for r in results)
+    print(f"  {'an actor that fills the cache':<32}" + "".join(f"{_memory(cell):>18}" for cell in cells))
+    print("disk, MB")
+    line("  store", lambda r: r["disk_mb"]["store"], 0, False)
+    line("  cache", lambda r: r["disk_mb"]["cache"], 0, False)
+    line("  run (pairs, kept votes)", lambda r: r["disk_mb"]["run"], 1, False)
+    return exponents
+
+
+def _memory(peak: dict[str, int] | None) -> str:
+    return "" if peak is None else " + ".join(str(peak[kind]) for kind in KINDS.values())
+
+
+def per_image(results: list[dict], process: str) -> float:
+    """Anonymous bytes that a process needs for each image of the collection: growth between the largest two sizes."""
+    small, large = results[-2:]
+    grown = sum(
+        sign * peak["anonymous"]
+        for sign, result in ((1, large), (-1, small))
+        for name, peak in result["memory_mb"].items()
+        if name.startswith(process)
+    )
+    return max(0.0, 1e6 * grown / (large["images"] - small["images"]))
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def project(results: list[dict]) -> dict:
+    """Print what every image of a large collection against all others takes on a cluster; returns the numbers."""
+    largest, cores = results[-1], NODES * NODE_CORES
+    row, pair = (largest["units_s"][name] for name in ("shortlist_query_row", "votes_pair"))
+    serial = {name: largest["ms_per_query"][name] / 1e3 for name in DRIVER}
+    driver_bytes, actor_bytes = per_image(results, "driver"), per_image(results, "actor")
+    kept = largest["disk_mb"]["run"] * 1e6 / largest["queries"]
+    print(
+        f"\nprojection: {NODES} nodes of {NODE_CORES} cores like these and {NODE_GB} GB, {LINK_GB_S} GB/s network, "
+        f"{DISK_GB_S} GB/s disks;\nevery image is a query (`register`), one actor a core; costs as measured at "
+        f"{largest['images']:,} images"
+    )
+    print(f"  shortlist  {1e9 * row:.3g} ns per query and row      votes {1e3 * pair:.3g} ms per pair, K = {K}")
+    print("  driver     " + " + ".join(f"{name} {1e3 * value:.3g}" for name, value in serial.items())
+          + f" = {1e3 * sum(serial.values()):.3g} ms per query, one after the other")  # fmt: skip
+    print(f"  an image   {IMAGE_BYTES} bytes of patches; {actor_bytes:.0f} bytes of an actor's own memory, "
+          f"{driver_bytes:.0f} of the driver's")  # fmt: skip
+    projected = {}
+    for N in PROJECTED:
+        seconds = {
+            "shortlist": row * N * N / cores,
+            "votes": pair * K * N / cores,
+            "driver": sum(serial.values()) * N,
+            "network": N * IMAGE_BYTES * NODES / LINK_GB_S / 1e9,
+            "fill": 2 * N * IMAGE_BYTES / NODES / DISK_GB_S / 1e9,
+        }
+        bottleneck = max(seconds, key=seconds.get)
+        shard = N // cores
+        lists = 2 ** round(np.log2(4 * shard**0.5))
+        probed = max(1, lists // 128)
+        compared = cores * (lists + shard * probed / lists)
+        ivf = row * compared * N / cores
+        patches, own = N * IMAGE_BYTES / NODES / 1e9, N * actor_bytes / NODES / 1e9
+        print(f"\n{N:,} images, {shard:,} a shard")
+        lines = {
+            "shortlist": f"{1e9 * row:.3g} ns x {N:.0e} queries x {N:.0e} rows / {cores} cores",
+            "votes": f"{1e3 * pair:.3g} ms x {K} x {N:.0e} / {cores} cores (at most: a pair serves both its images "
+            "while retrieval.reuse_gb lasts)",
+            "driver": f"{1e3 * sum(serial.values()):.3g} ms x {N:.0e}: one process, however large the cluster",
+            "network": f"{IMAGE_BYTES} bytes x {N:.0e} to each of {NODES} nodes, from one at {LINK_GB_S} GB/s",
+            "fill": f"2 x {IMAGE_BYTES} bytes x {N:.0e} / {NODES} nodes at {DISK_GB_S} GB/s, once",
+        }
+        for name, arithmetic in lines.items():
+            mark = "   <- bottleneck" if name == bottleneck else ""
+            print(f"  {name:<10} {duration(seconds[name]):>10} = {arithmetic}{mark}")
+        print(f"  {'with IVF':<10} {duration(ivf):>10} = the shortlist by IVF{lists} with nprobe={probed}: {cores} x "
+              f"({lists} + {shard} x {probed} / {lists}) = {compared:.2g} rows for a query")  # fmt: skip
+        fits = "fits in" if patches + own < NODE_GB else "is more than"
+        print(f"  memory a node: patches {patches:,.0f} GB + actors' own {own:,.1f} GB {fits} {NODE_GB} GB; patches may "
+              f"lie in retrieval.cache; driver {N * driver_bytes / 1e9:.3g} GB")  # fmt: skip
+        print(f"  disk: store {N * IMAGE_BYTES / 1e12:.3g} TB, cache {patches / 1e3:.3g} TB a node, "
+              f"run {N * kept / 1e12:.3g} TB")  # fmt: skip
+        projected[f"{N:.0e}"] = {name: round(value) for name, value in seconds.items()} | {
+            "ivf_shortlist": round(ivf),
+            "bottleneck": bottleneck,
+            "node_gb": round(patches + own),
+            "driver_gb": round(N * driver_bytes / 1e9, 2),
+        }
+    equal = pair * K / row
+    print(
+        f"\nThe shortlist of a query grows with the collection, that of all queries with its square: it takes as long "
+        f"as the votes\nat {pair:.2g} x {K} / {row:.2g} = {equal:,.0f} images. Beyond, retrieval.index should be an IVF "
+        f"string. Before, on such a cluster, what\nlimits is the driver, which handles queries one after the other: "
+        f"{sum(serial.values()) / (pair * K / cores):.0f} times what the votes of a query take on all cores.\nSplit the "
+        "queries over several `vop retrieve` (queries=LIST), whose pair lists are joined by appending them."
+    )
+    return projected | {"shortlist_equals_votes_at": round(equal)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default="1000,10000,100000", help="images, rising, comma between")
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--radius", type=float, default=0.3)
+    parser.add_argument("--data", type=Path, help="folder for the store and the copies; default: temporary")
+    parser.add_argument("--keep", action="store_true", help="leave the store in --data")
+    options = parser.parse_args()
+    sizes = sorted(int(size) for size in options.sizes.split(","))
+
+    from vop.datasets.synthetic import World, write_store
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.data or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        store, world = folder / "store", World(sizes[-1], P, E, G)
+        was_there = store.exists()
+        free, needed = shutil.disk_usage(folder).free, 2.1 * sizes[-1] * IMAGE_BYTES - size_of(store)
+        if free < needed:
+            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} are needed: choose --data")
+        print(f"{CORES} cores; P = E = {P}, float16, K = {K}, radius {options.radius}", flush=True)
+        results = []
+        try:
+            for size in sizes:
+                start, before = time.perf_counter(), size_of(store)
+                write_store(str(store), World(size, P, E, G), SHARD_SIZE)
+                generated, stored = time.perf_counter() - start, size_of(store)
+                results.append(measure(folder, world, size, options.queries, options.radius))
+                results[-1]["disk_mb"]["store"] = round(stored / 1e6, 2)
+                results[-1]["generated"] = {"s": round(generated, 1), "mb": round((stored - before) / 1e6)}
+                print(f"{size:,} images: store {generated:.0f} s, measured in "
+                      f"{time.perf_counter() - start - generated:.0f} s", flush=True)  # fmt: skip
+        finally:
+            for made in ("cache", "first", "run", *(() if options.keep or was_there else ("store",))):
+                shutil.rmtree(folder / made, ignore_errors=True)
+        print()
+        exponents = table(results)
+        projected = project(results) if len(results) > 1 else {}
+    print(json.dumps({"cores": CORES, "sizes": results, "exponents": exponents, "projected": projected}))
+
+
+if __name__ == "__main__":
+    main()
