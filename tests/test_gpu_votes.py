@@ -397,6 +397,7 @@ def test_the_benchmark_runs_through_on_a_cpu(monkeypatch, capsys):
         ({"rows": np.array([1, 1, 2])}, "same number"),
         ({"rows": np.arange(4)}, "3 patches for 4 rows"),
         ({"masks": np.ones((2, 5), bool)}, "2 masks for 3 rows"),
+        ({"masks": np.ones((3, 4), bool)}, "one bool a patch"),
         ({"patches": np.ones((3, 5, 8))}, "float64"),
         ({"kernel": "numba"}, "triton"),
     ],
@@ -414,6 +415,9 @@ def test_arrays_that_do_not_fit_together_are_refused(change, complaint):
         ({"radius": 2.5}, "radius 2.5"),
         ({"patches": np.ones((2, 5, 9), np.float16)}, "width 9"),
         ({"patches": np.ones((2, 5, 8), np.float32)}, "float32"),
+        ({"masks": np.ones((2, 1), bool)}, "one bool a patch"),
+        ({"wanted": wanted([0, 2], [1, 1])}, "outside the batch of 2"),
+        ({"wanted": wanted([-1], [1])}, "outside the batch of 2"),
     ],
 )
 def test_queries_that_do_not_fit_the_shard_are_refused(change, complaint):

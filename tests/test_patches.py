@@ -199,6 +199,13 @@ def test_nothing_wanted_or_nothing_there_gives_nothing():
     assert set(forward.queries) == set(range(1, Q))
 
 
+def test_a_graph_can_be_searched_far():
+    """So far that FAISS would look for interrupts between two patches of one call, which ends the process."""
+    c, rows, queries = collection(), np.arange(N), np.arange(N, N + 1)
+    near, far = (ask(indexed(c, rows, "HNSW4", f"efSearch={ef}"), c, queries, pairs(queries)) for ef in (2, 10**7))
+    assert 0 < near[0].counts.sum() < far[0].counts.sum()
+
+
 def test_the_whole_image_takes_part_without_masks():
     c, rows, queries = collection(masked=False), np.arange(N), np.arange(N, N + Q)
     found = PatchIndex(c.patches[rows], rows).votes(c.patches[queries], None, pairs(queries), RADIUS)

@@ -163,6 +163,11 @@ class CudaShard:
                 f"query patches are {x.dtype} of width {x.shape[2]}, those of the shard {self._patches.dtype} of width "
                 f"{self._patches.shape[2]}: make both by the same encoder and store them in one type"
             )
+        queries = np.asarray(wanted.queries)
+        if len(queries) and not 0 <= queries.min() <= queries.max() < len(x):
+            raise ValueError(
+                f"the wanted pairs name queries outside the batch of {len(x)}"
+            )  # the kernel reads unchecked
         found, back = [], []
         for both, query, place in self._pairs(wanted, x.shape[1]):
             votes = self._pair_votes(x, x_sizes, self._patches, self._sizes, query, place, bound, both)
@@ -268,6 +273,8 @@ def _joined(parts: list[PairVotes]) -> PairVotes:
 
 def _packed(patches, masks: np.ndarray | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches (n, P, E) on the device, those where `masks` (n, P) is True first and zeros behind; their number (n,)."""
+    if masks is not None and np.shape(masks) != tuple(patches.shape[:2]):
+        raise ValueError(f"masks of shape {np.shape(masks)} for patches {tuple(patches.shape)}: one bool a patch")
     packed = patches.to(device) if isinstance(patches, torch.Tensor) else to_device(patches, device)
     n, P, _ = packed.shape
     if masks is None:

@@ -36,7 +36,7 @@ class Wanted:
 class ShardIndex:
     """The rows of one shard.
 
-    patches  (n, P, E) float16 or float32, unit vectors; kept as given (a memory map or a read-only view will do)
+    patches  (n, P, E) float16, float32 or int8, unit vectors as stored; kept as given (a memory map or a read-only view will do)
     globals  (n, G) float16 or float32
     rows     (n,) int64 database rows over all shards, no two equal
     masks    (n, P) bool, True where a patch is image; None: padding votes too
@@ -79,7 +79,7 @@ class ShardIndex:
     ) -> tuple[PairVotes, PairVotes]:
         """Votes of Q queries for those of the wanted rows that lie in this shard; rows of other shards are ignored.
 
-        patches (Q, P, E) float16 or float32 unit vectors; masks (Q, P) bool, or None: all patches vote. `screens`
+        patches (Q, P, E) unit vectors as stored; masks (Q, P) bool, or None: all patches vote. `screens`
         False leaves out the integer pass: the same result, slower.
 
         Returns the votes of the queries for the rows, and where `mutual` those of the rows for the queries, whose

@@ -91,7 +91,7 @@ def _quantise(x, out):
 
 @njit(nogil=True, cache=True)
 def pack(patches, mask, x, panels, offset, scale, error, norms):
-    """Prepare one query: patches (P, E) float16 as uint16 or float32, mask (P,) bool; returns how many take part.
+    """Prepare one query: patches (P, E) float16 as uint16, float32 or int8, mask (P,) bool; returns how many take part.
 
     x       (P, E') float32: the patches that take part, first; E' is E rounded up to a multiple of STEP
     panels  (P' / WIDTH, E' / 4, WIDTH) uint32, zeros; P' is P rounded up to a multiple of WIDTH. Four integers a word
@@ -185,7 +185,7 @@ def _count_all(x, n, y, m, threshold, panels, sums, counts):
 
 
 def stack(patches, masks):
-    """Prepare queries, patches (Q, P, E) float16 or float32 and masks (Q, P), for `count_hits`; see `pack`."""
+    """Prepare queries, patches (Q, P, E) float16, float32 or int8 and masks (Q, P), for `count_hits`; see `pack`."""
     Q, P, E = patches.shape
     wide, E = padded(P, WIDTH), padded(E, STEP)
     queries = (
@@ -217,7 +217,7 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
     """Votes of pairs of images in both directions, sparse: only patches with a hit are named.
 
     queries    x (Q, P0, E'), panels, offset, scale, error, norms stacked over Q, and their sizes (Q,), from `pack`
-    patches    (n, P1, E) float16 as uint16, or float32; masks (n, P1) bool: True where a patch takes part
+    patches    (n, P1, E) float16 as uint16, float32 or int8; masks (n, P1) bool: True where a patch takes part
     place      (m,) int64 which of `patches`, equal ones side by side; query (m,) int64 which query
     mutual     (m,) bool: whether the candidate's patches are wanted too
     threshold  float32, strict; screens: whether to try integers first

@@ -127,10 +127,11 @@ class PatchIndex:
         longest = self._longest * float(np.linalg.norm(x, axis=1).max(initial=0))
         lowest = float(bound) - self._margin - 2 * (x.shape[1] + 64) * 2.0**-24 * longest
         lowest = float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
-        keys = []
-        for first in range(0, len(x), PATCHES_AT_ONCE):
+        # Where FAISS pauses in the middle of a range search of a graph to look for interrupts, it ends the process.
+        step, keys = 1 if isinstance(_inner(self._index), faiss.IndexHNSW) else PATCHES_AT_ONCE, []
+        for first in range(0, len(x), step):
             with _blas():
-                limits, _, numbers = self._index.range_search(x[first : first + PATCHES_AT_ONCE], lowest)
+                limits, _, numbers = self._index.range_search(x[first : first + step], lowest)
             shape = len(asked), P, self._patches.shape[1]
             keys.append(
                 _keys(limits.astype(np.int64), numbers, q, first, self._image_of, self._starts, asked[q], shape)
