@@ -9,8 +9,9 @@ others (`first`), the missing ones are added to the store, and the same command 
 both sides unless both are in the same batch of queries. Its pairs must be the same too.
 
 `scored` counts pairs of images whose patches were compared, `known` those that were taken from elsewhere. `search` is
-the seconds of that step, the start of the search actors included, `total` those of the command. `kept` is what the
-votes take on disk, per image. The runs take turns for `--rounds`; seconds are medians. The last line is one JSON object.
+the seconds of that step, the start of the search actors included, `total` those of the command; `kept_bytes` is what
+the votes take on disk, per image. The runs take turns for `--rounds`; seconds are medians. The last line is one JSON
+object.
 """
 
 import argparse

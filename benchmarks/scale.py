@@ -10,8 +10,9 @@ For each size `vop retrieve` runs twice, each time in a process of its own, with
 and an empty `retrieval.cache`: how long the search actors take to write their memory-mapped copies. Then with all
 queries: the stages. `read`, `send`, `merge` and `write` are the driver's, timed around its functions; `shortlist` and
 `votes` are the actors', as they report it, added up over actors; all are wall clock, so that waiting for the disk and
-for a core counts. Stages overlap: `wall` is what a query takes from the start of the search to its end. `prepare` is
-what the driver does before (catalog, names, fingerprints); `start` is from the start of the actors until they answer.
+for a core counts. The first call of every function is left out: it loads what is compiled. Stages overlap: `wall` is
+the median time from one batch of queries to the next, per query. `prepare` is what the driver does before (catalog,
+names, fingerprints); `start` is from the start of the actors until they answer.
 
 Memory is sampled from /proc (Linux): largest anonymous memory, mapped files (which the system may drop; the copies of
 the descriptors are there) and shared memory (Ray's objects, seen by everyone) of every process. The growth exponent is
@@ -29,7 +30,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,14 @@ PROJECTED = 10**6, 10**8
 
 
 class Clock:
-    """Seconds by stage, gathered by wrapping functions of the package."""
+    """Seconds of calls by stage and function, gathered by wrapping functions of the package."""
 
     def __init__(self):
-        self.seconds: Counter[str] = Counter()
+        self.calls: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def seconds(self, stage: str) -> float:
+        """Seconds of a stage, as if the first call of each function had taken as long as the others."""
+        return sum(float(np.mean(took[1:] or took)) * len(took) for took in self.calls[stage].values())
 
     def wrap(self, owner, name: str, stage: str) -> None:
         """Count every call of `owner.name` for a stage."""
@@ -61,7 +66,7 @@ class Clock:
             try:
                 return inner(*arguments, **keywords)
             finally:
-                self.seconds[stage] += time.perf_counter() - start
+                self.calls[stage][f"{owner.__name__}.{name}"].append(time.perf_counter() - start)
 
         setattr(owner, name, timed)
 
@@ -72,7 +77,7 @@ class Clock:
         def wait(running, asked):
             before = running.busy.sum()
             answers = inner(running, asked)
-            self.seconds[stages[len(asked.given)]] += running.busy.sum() - before
+            self.calls[stages[len(asked.given)]]["_wait"].append(running.busy.sum() - before)
             return answers
 
         shards._wait = wait
@@ -110,23 +115,22 @@ def retrieve(folder: str, output: str, queries: list[str], database: list[str], 
         for name in names:
             clock.wrap(owner, name, counted)
     clock.wrap_actors(stage.Shards)
-    entered = []
+    waited, held = [], []
 
     class Shards(stage.Shards):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            entered.append(time.perf_counter())
+            waited.append(time.perf_counter())
 
         def rank(self, numbers):
-            entered.append(time.perf_counter())
-            yield from super().rank(numbers)
-            entered.append(time.perf_counter())
+            waited.append(time.perf_counter())
+            held.append(memory_mb("self")["anonymous"])
+            return super().rank(numbers)
 
     stage.Shards = Shards
     where = Path(folder)
     for name, listed in (("queries", queries), ("database", database)):
         (where / f"{name}.txt").write_text("".join(f"{line}\n" for line in listed))
-    began = time.perf_counter()
     run = vop.retrieve(
         queries=str(where / "queries.txt"),
         database=str(where / "database.txt"),
@@ -136,13 +140,23 @@ def retrieve(folder: str, output: str, queries: list[str], database: list[str], 
         report={"queries": 0},
         cluster={"object_store_gb": 2.0},
     )
-    started, ready, finished = entered
+    counts, timings, ray_s = run.counts, run.timings, clock.seconds("ray")
     answer.send(
-        {stage: clock.seconds[stage] for stage in (*DRIVER, *ACTORS)}
-        | {"prepare": run.timings["total"] - run.timings["search"] - run.timings["write pairs"] - clock.seconds["ray"]}
-        | {"start": ready - started, "wall": finished - ready, "total": time.perf_counter() - began}
-        | {"counts": run.counts}
+        {stage: clock.seconds(stage) / len(queries) for stage in (*DRIVER, *ACTORS)}
+        | {"wall": counts["seconds_per_batch"]["p50"] / min(BATCH, len(queries))}
+        | {"prepare": timings["total"] - timings["search"] - timings["write pairs"] - ray_s}
+        | {"start": waited[1] - waited[0], "total": timings["total"], "held_mb": held[0], "counts": counts}
     )
+
+
+def memory_mb(process: int | str) -> dict[str, float] | None:
+    """Resident memory of a process by kind, MB; None if it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().split("\n")
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines if line)
+    return {kind: int(values.get(name, "0 kB").split()[0]) * 1024 / 1e6 for name, kind in KINDS.items()}
 
 
 class Memory(threading.Thread):
@@ -162,22 +176,19 @@ class Memory(threading.Thread):
     def _look(self, process: int) -> None:
         try:
             command = Path(f"/proc/{process}/cmdline").read_bytes()
-            lines = Path(f"/proc/{process}/status").read_text().split("\n")
         except OSError:
-            return  # it has ended
-        if process != self.process:  # a worker is idle before it is an actor
-            self.names[process] = "actor" if command.startswith(b"ray::SearchShard") else "other"
-        peak = self.peaks.setdefault(process, dict.fromkeys(KINDS.values(), 0.0))
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name in KINDS:
-                peak[KINDS[name]] = max(peak[KINDS[name]], int(value.split()[0]) * 1024 / 1e6)
+            return
+        if command.startswith(b"ray::SearchShard"):  # a worker is idle before it is an actor
+            self.names[process] = "actor"
+        if now := memory_mb(process):
+            peak = self.peaks.setdefault(process, now)
+            self.peaks[process] = {kind: max(peak[kind], value) for kind, value in now.items()}
 
     def report(self) -> dict[str, dict[str, int]]:
         """Peaks of the driver, of every actor, and of Ray's own processes, added up."""
         found: dict[str, dict[str, int]] = {}
         for process, peak in sorted(self.peaks.items()):
-            name = self.names[process]
+            name = self.names.get(process, "Ray's own, added up")
             if name == "actor":
                 name = f"actor {sum(known.startswith('actor') for known in found)}"
             known = found.setdefault(name, dict.fromkeys(KINDS.values(), 0))
@@ -219,18 +230,17 @@ def measure(folder: Path, world, size: int, count: int, radius: float) -> dict:
     first, filling = in_process(retrieve, str(folder), "first", queries[:BATCH], names, radius)
     found, memory = in_process(retrieve, str(folder), "run", queries, names, radius)
     others = max(others, busy_cores())
-    done = len(queries)
-    counted = found["counts"]
+    done, counted = len(queries), found["counts"]
     result = {"images": size, "queries": done, "shards": len(counted["shard_seconds"])}
     result |= {"pairs_per_query": round(counted["pairs_scored"] / done, 2), "others_busy_cores": round(others, 2)}
     result |= quality(folder / "run", world)
-    result["ms_per_query"] = {name: 1e3 * found[name] / done for name in ("wall", *DRIVER, *ACTORS)}
+    result["ms_per_query"] = {name: 1e3 * found[name] for name in ("wall", *DRIVER, *ACTORS)}
     result["once_s"] = {"fill": first["start"], "start": found["start"], "prepare": found["prepare"]}
     result["units_s"] = {
-        "shortlist_query_row": found["shortlist"] / done / size,
-        "votes_pair": found["votes"] / counted["pairs_scored"],
+        "shortlist_query_row": found["shortlist"] / size,
+        "votes_pair": found["votes"] * done / counted["pairs_scored"],
     }
-    result["memory_mb"] = memory
+    result |= {"total_s": found["total"], "held_mb": found["held_mb"], "memory_mb": memory}
     result["filling_mb"] = {name: peak for name, peak in filling.items() if name.startswith("actor")}
     disk = {"cache": size_of(folder / "cache"), "run": size_of(folder / "run")}
     result["disk_mb"] = {name: round(value / 1e6, 2) for name, value in disk.items()}
@@ -305,16 +315,15 @@ def _memory(peak: dict[str, int] | None) -> str:
     return "" if peak is None else " + ".join(str(peak[kind]) for kind in KINDS.values())
 
 
-def per_image(results: list[dict], process: str) -> float:
-    """Anonymous bytes that a process needs for each image of the collection: growth between the largest two sizes."""
+def per_image(results: list[dict], memory) -> float:
+    """Bytes that every image adds to a memory in MB: growth between the largest two sizes."""
     small, large = results[-2:]
-    grown = sum(
-        sign * peak["anonymous"]
-        for sign, result in ((1, large), (-1, small))
-        for name, peak in result["memory_mb"].items()
-        if name.startswith(process)
-    )
-    return max(0.0, 1e6 * grown / (large["images"] - small["images"]))
+    return max(0.0, 1e6 * (memory(large) - memory(small)) / (large["images"] - small["images"]))
+
+
+def _of_actors(result: dict) -> float:
+    """Anonymous memory of all actors, MB."""
+    return sum(peak["anonymous"] for name, peak in result["memory_mb"].items() if name.startswith("actor"))
 
 
 def duration(seconds: float) -> str:
@@ -325,73 +334,89 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def project(results: list[dict]) -> dict:
-    """Print what every image of a large collection against all others takes on a cluster; returns the numbers."""
-    largest, cores = results[-1], NODES * NODE_CORES
-    row, pair = (largest["units_s"][name] for name in ("shortlist_query_row", "votes_pair"))
-    serial = {name: largest["ms_per_query"][name] / 1e3 for name in DRIVER}
-    driver_bytes, actor_bytes = per_image(results, "driver"), per_image(results, "actor")
-    kept = largest["disk_mb"]["run"] * 1e6 / largest["queries"]
+def unit_costs(results: list[dict]) -> dict[str, float]:
+    """What the projection is made of, by name; seconds and bytes."""
+    largest = results[-1]
+    # Sampled queries lie in row groups of their own; those of `register` share them, as where all images are queries.
+    dense = next((result for result in results if result["queries"] == result["images"]), largest)
+    driver = {name: largest["ms_per_query"][name] / 1e3 for name in DRIVER}
+    return largest["units_s"] | {
+        **driver,
+        "read": dense["ms_per_query"]["read"] / 1e3,
+        "actor_bytes": per_image(results, _of_actors),
+        "driver_bytes": per_image(results, lambda result: result["held_mb"]),
+        "run_bytes": 1e6 * largest["disk_mb"]["run"] / largest["queries"],
+    }
+
+
+def project(unit: dict[str, float], N: int) -> dict[str, float]:
+    """Print what N images, all against all, take on the cluster; returns the seconds and gigabytes."""
+    cores, link, disk = NODES * NODE_CORES, LINK_GB_S * 1e9, DISK_GB_S * 1e9
+    shard, node = N // cores, N * IMAGE_BYTES / NODES
+    row, pair, driver = unit["shortlist_query_row"], unit["votes_pair"], sum(unit[name] for name in DRIVER)
+    steps = {
+        "shortlist": (row * N * N / cores, f"{1e9 * row:.3g} ns x {N:.0e} queries x {N:.0e} rows / {cores} cores"),
+        "votes": (pair * K * N / cores, f"{1e3 * pair:.3g} ms x {K} x {N:.0e} queries / {cores} cores"),
+        "driver": (driver * N, f"{1e3 * driver:.3g} ms x {N:.0e} queries, however large the cluster"),
+        "network": (
+            node * NODES**2 / link,
+            f"{IMAGE_BYTES} bytes x {N:.0e} queries x {NODES} nodes / {LINK_GB_S} GB/s",
+        ),
+        "cache": (2 * node / disk, f"2 x {node / 1e9:,.3g} GB a node / {DISK_GB_S} GB/s, read and written once"),
+    }
+    slowest = max(steps, key=lambda name: steps[name][0])
+    lists = 2 ** round(np.log2(4 * shard**0.5))
+    probed = max(1, lists // 128)
+    compared = cores * (lists + shard * probed / lists)
+    if compared < N / 4:
+        steps["with IVF"] = (
+            row * compared * N / cores,
+            f"{1e9 * row:.3g} ns x {N:.0e} queries x {compared:.2g} rows / {cores} cores, if a row costs as much there;\n"
+            f"{'':26}IVF{lists},Flat, nprobe {probed}: {cores} shards x ({lists} + {shard:,} x {probed} / {lists}) rows",
+        )
+    print(f"\n{N:,} images, {shard:,} in a shard")
+    for name, (seconds, arithmetic) in steps.items():
+        mark = "   <- bottleneck" if name == slowest else ""
+        print(f"  {name:<10} {duration(seconds):>10} = {arithmetic}{mark}")
+    own, catalog = N * unit["actor_bytes"] / NODES, N * unit["driver_bytes"]
+    fits = "fit" if node + own < NODE_GB * 1e9 else "do not fit (retrieval.cache leaves patches on disk)"
     print(
-        f"\nprojection: {NODES} nodes of {NODE_CORES} cores like these and {NODE_GB} GB, {LINK_GB_S} GB/s network, "
-        f"{DISK_GB_S} GB/s disks;\nevery image is a query (`register`), one actor a core; costs as measured at "
-        f"{largest['images']:,} images"
+        f"  memory     a node: {node / 1e9:,.3g} GB of patches and {own / 1e9:,.3g} GB of the actors' own {fits} in "
+        f"{NODE_GB} GB\n             driver: {catalog / 1e9:,.3g} GB for names and numbers\n"
+        f"  disk       store {N * IMAGE_BYTES / 1e12:.3g} TB, cache {node / 1e12:.3g} TB a node, pairs and kept votes "
+        f"{N * unit['run_bytes'] / 1e12:.3g} TB"
     )
-    print(f"  shortlist  {1e9 * row:.3g} ns per query and row      votes {1e3 * pair:.3g} ms per pair, K = {K}")
-    print("  driver     " + " + ".join(f"{name} {1e3 * value:.3g}" for name, value in serial.items())
-          + f" = {1e3 * sum(serial.values()):.3g} ms per query, one after the other")  # fmt: skip
-    print(f"  an image   {IMAGE_BYTES} bytes of patches; {actor_bytes:.0f} bytes of an actor's own memory, "
-          f"{driver_bytes:.0f} of the driver's")  # fmt: skip
-    projected = {}
-    for N in PROJECTED:
-        seconds = {
-            "shortlist": row * N * N / cores,
-            "votes": pair * K * N / cores,
-            "driver": sum(serial.values()) * N,
-            "network": N * IMAGE_BYTES * NODES / LINK_GB_S / 1e9,
-            "fill": 2 * N * IMAGE_BYTES / NODES / DISK_GB_S / 1e9,
-        }
-        bottleneck = max(seconds, key=seconds.get)
-        shard = N // cores
-        lists = 2 ** round(np.log2(4 * shard**0.5))
-        probed = max(1, lists // 128)
-        compared = cores * (lists + shard * probed / lists)
-        ivf = row * compared * N / cores
-        patches, own = N * IMAGE_BYTES / NODES / 1e9, N * actor_bytes / NODES / 1e9
-        print(f"\n{N:,} images, {shard:,} a shard")
-        lines = {
-            "shortlist": f"{1e9 * row:.3g} ns x {N:.0e} queries x {N:.0e} rows / {cores} cores",
-            "votes": f"{1e3 * pair:.3g} ms x {K} x {N:.0e} / {cores} cores (at most: a pair serves both its images "
-            "while retrieval.reuse_gb lasts)",
-            "driver": f"{1e3 * sum(serial.values()):.3g} ms x {N:.0e}: one process, however large the cluster",
-            "network": f"{IMAGE_BYTES} bytes x {N:.0e} to each of {NODES} nodes, from one at {LINK_GB_S} GB/s",
-            "fill": f"2 x {IMAGE_BYTES} bytes x {N:.0e} / {NODES} nodes at {DISK_GB_S} GB/s, once",
-        }
-        for name, arithmetic in lines.items():
-            mark = "   <- bottleneck" if name == bottleneck else ""
-            print(f"  {name:<10} {duration(seconds[name]):>10} = {arithmetic}{mark}")
-        print(f"  {'with IVF':<10} {duration(ivf):>10} = the shortlist by IVF{lists} with nprobe={probed}: {cores} x "
-              f"({lists} + {shard} x {probed} / {lists}) = {compared:.2g} rows for a query")  # fmt: skip
-        fits = "fits in" if patches + own < NODE_GB else "is more than"
-        print(f"  memory a node: patches {patches:,.0f} GB + actors' own {own:,.1f} GB {fits} {NODE_GB} GB; patches may "
-              f"lie in retrieval.cache; driver {N * driver_bytes / 1e9:.3g} GB")  # fmt: skip
-        print(f"  disk: store {N * IMAGE_BYTES / 1e12:.3g} TB, cache {patches / 1e3:.3g} TB a node, "
-              f"run {N * kept / 1e12:.3g} TB")  # fmt: skip
-        projected[f"{N:.0e}"] = {name: round(value) for name, value in seconds.items()} | {
-            "ivf_shortlist": round(ivf),
-            "bottleneck": bottleneck,
-            "node_gb": round(patches + own),
-            "driver_gb": round(N * driver_bytes / 1e9, 2),
-        }
-    equal = pair * K / row
+    sizes = {"node_gb": (node + own) / 1e9, "driver_gb": catalog / 1e9}
+    return {name: round(value, 1) for name, value in ({k: v[0] for k, v in steps.items()} | sizes).items()}
+
+
+def projection(results: list[dict]) -> dict:
+    """Print the projections and where the bottlenecks lie; returns the numbers."""
+    unit, cores = unit_costs(results), NODES * NODE_CORES
+    row, votes = unit["shortlist_query_row"], K * unit["votes_pair"]
+    driver = sum(unit[name] for name in DRIVER)
     print(
-        f"\nThe shortlist of a query grows with the collection, that of all queries with its square: it takes as long "
-        f"as the votes\nat {pair:.2g} x {K} / {row:.2g} = {equal:,.0f} images. Beyond, retrieval.index should be an IVF "
-        f"string. Before, on such a cluster, what\nlimits is the driver, which handles queries one after the other: "
-        f"{sum(serial.values()) / (pair * K / cores):.0f} times what the votes of a query take on all cores.\nSplit the "
-        "queries over several `vop retrieve` (queries=LIST), whose pair lists are joined by appending them."
+        f"\nprojection: every image is a query (`register`), one actor a core, on {NODES} nodes of {NODE_CORES} cores "
+        f"like these,\n{NODE_GB} GB, {LINK_GB_S} GB/s network and {DISK_GB_S} GB/s disk; costs as at the largest size "
+        "(read: where all are queries):\n"
+        f"  shortlist  {1e9 * row:.3g} ns for a query and a row\n"
+        f"  votes      {1e3 * unit['votes_pair']:.3g} ms for a pair, {K} pairs a query; down to half of them while "
+        "retrieval.reuse_gb lasts\n"
+        f"  driver     {' + '.join(f'{name} {1e3 * unit[name]:.3g}' for name in DRIVER)} = {1e3 * driver:.3g} ms for a "
+        "query, one after the other\n"
+        f"  an image   {IMAGE_BYTES:,} bytes of patches, {unit['actor_bytes']:,.0f} of its actor's own memory, "
+        f"{unit['driver_bytes']:,.0f} of the driver's"
     )
-    return projected | {"shortlist_equals_votes_at": round(equal)}
+    projected: dict[str, object] = {f"{N:.0e}": project(unit, N) for N in PROJECTED}
+    equal, busy = round(votes / row), (votes + row * PROJECTED[0]) / driver
+    print(
+        f"\nThe flat shortlist of a query grows with the collection, that of all queries with its square. It takes as "
+        f"long as the\nvotes at {1e3 * votes:.3g} ms / {1e9 * row:.3g} ns = {equal:,} images; well beyond, "
+        "retrieval.index must be an IVF string. The driver is one\nprocess: for each second of its own at "
+        f"{PROJECTED[0]:,} images the actors work {busy:.1f}, so it keeps about {max(1, round(busy))} cores busy. More "
+        "cores need\nseveral `vop retrieve`, each with a share of the queries, whose pairs are appended."
+    )
+    return projected | {"units": unit, "shortlist_equals_votes_at": equal, "cores_for_one_driver": round(busy, 1)}
 
 
 def main() -> None:
@@ -431,7 +456,7 @@ def main() -> None:
                 shutil.rmtree(folder / made, ignore_errors=True)
         print()
         exponents = table(results)
-        projected = project(results) if len(results) > 1 else {}
+        projected = projection(results) if len(results) > 1 else {}
     print(json.dumps({"cores": CORES, "sizes": results, "exponents": exponents, "projected": projected}))
 
 

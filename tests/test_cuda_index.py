@@ -5,6 +5,7 @@ import pytest
 
 from vop.retrieval.cuda_index import CudaIndex
 from vop.retrieval.index import ShardIndex, Wanted
+from vop.retrieval.voting import merge
 
 N, Q, P, E, G = 15, 5, 20, 16, 8
 
@@ -24,12 +25,16 @@ def both(images, rows):
     return CudaIndex(*arguments, device="cpu"), ShardIndex(*arguments)
 
 
+def sorted_votes(votes):
+    return merge([votes])
+
+
 def test_votes_are_those_of_the_cpu(images):
     rng, rows = np.random.default_rng(1), np.array([9, 2, 7, 3, 14, 0])
     pairs = rng.permutation(Q * N)[:50]
     wanted = Wanted(pairs // N, pairs % N, rng.random(50) < 0.5)
     patches, _, masks = images
-    answers = [index.votes(patches[N:], masks[N:], wanted, 0.35) for index in both(images, rows)]
+    answers = [map(sorted_votes, index.votes(patches[N:], masks[N:], wanted, 0.35)) for index in both(images, rows)]
     for ours, expected in zip(*answers, strict=True):
         assert len(expected) > 5
         for name in ("queries", "rows", "starts", "patches", "counts"):
@@ -50,5 +55,15 @@ def test_shortlists_are_those_of_the_cpu(images):
     ours, expected = (index.shortlist(globals_[N:], 4) for index in both(images, np.arange(N)))
     assert ours.rows.tolist() == expected.rows.tolist()
     np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-6)
-    with pytest.raises(ValueError, match="settled"):
-        both(images, np.arange(N))[0].shortlist(globals_[N:], 4, settled=np.ones(Q, bool))
+
+
+def test_settled_queries_see_only_fresh_rows(images):
+    patches, globals_, masks = images
+    fresh, settled = np.arange(N) % 3 == 0, np.arange(Q) % 2 == 0
+    arguments = patches[:N], globals_[:N], np.arange(N), masks[:N]
+    answers = [
+        index.shortlist(globals_[N:], 4, settled=settled)
+        for index in (CudaIndex(*arguments, fresh=fresh, device="cpu"), ShardIndex(*arguments, fresh=fresh))
+    ]
+    assert answers[0].rows.tolist() == answers[1].rows.tolist()
+    assert fresh[answers[0][0]].all() and not fresh[answers[0][1]].all()

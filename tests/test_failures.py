@@ -71,7 +71,7 @@ class Nodes:
     def add(self) -> None:
         """Bring the nodes beside the head to two."""
         while len(self.others) < 2:
-            self.others.append(self.cluster.add_node(num_cpus=1, memory=64 * MB, object_store_memory=100 * MB))
+            self.others.append(self.cluster.add_node(num_cpus=1, memory=1024 * MB, object_store_memory=100 * MB))
 
     def remove(self, node) -> None:
         """End a node as a power cut does, and with it the shards that run there."""

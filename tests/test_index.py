@@ -463,4 +463,7 @@ def test_wrong_arguments_are_refused():
 def test_memory_is_about_what_the_arrays_take():
     collection = Collection(0, dtype=np.float16)
     arrays = collection.patches.nbytes + collection.globals.nbytes
-    assert arrays < memory_bytes(N + Q, P, E, "float16", G) < 1.5 * arrays
+    fixed = memory_bytes(0, 0, P, E, "float16", G, 0)
+    assert arrays < memory_bytes(N + Q, N + Q, P, E, "float16", G, 0) - fixed < 1.5 * arrays
+    assert memory_bytes(N + Q, 0, P, E, "float16", G, 0) - fixed < arrays / 2
+    assert memory_bytes(0, 0, P, E, "float16", G, 64) - fixed == 64 * P * E * 7

@@ -161,8 +161,10 @@ def test_similarities_move_by_little():
 def test_a_shard_needs_half_the_memory():
     assert float_type("int8") == "float16" and float_type("float32") == "float32"
     rows, P, E, G = 1000, 256, 128, 256
-    fixed = rows * (P + 16 + 4 * G)
-    int8, half, single = (memory_bytes(rows, P, E, dtype, G) - fixed for dtype in ("int8", "float16", "float32"))
+    fixed = rows * (P + 16 + 4 * G) + memory_bytes(0, 0, P, E, "int8", G, 0)
+    int8, half, single = (
+        memory_bytes(rows, rows, P, E, dtype, G, 0) - fixed for dtype in ("int8", "float16", "float32")
+    )
     assert (int8, half, single) == (rows * (P * E + 2 * G), rows * 2 * (P * E + G), rows * 4 * (P * E + G))
     index = ShardIndex(np.zeros((3, 4, 16), np.int8), np.zeros((3, 5), np.float16), np.arange(3))
     assert index._patches.dtype == np.int8  # no wide copy

@@ -209,6 +209,22 @@ def test_votes_by_a_trained_index_are_not_taken_up(store, tmp_path):
         assert reuse.earlier is None
 
 
+def test_a_search_that_differs_by_side_scores_every_side(store, tmp_path):
+    changes = {"shortlist": None, "patch_index": "IVF4,Flat", "shards": 1, "reuse_gb": 1.0}
+    search = asked_for(store, **changes)
+    assert not search.symmetric and not search.exact
+    _, reuse = run(search, str(tmp_path))
+    assert (reuse.counted, reuse.reused) == (N * (N - 1), 0)
+
+
+@pytest.mark.parametrize("side", [1.0, 0.0])
+def test_a_flat_patch_index_gives_the_pairs_of_the_exact_search(store, tmp_path, side):
+    changes = {"shortlist": None, "reuse_gb": side}
+    found, _ = run(asked_for(store, patch_index="Flat", **changes), str(tmp_path / "flat"), shards=2)
+    expected, _ = run(asked_for(store, **changes), str(tmp_path / "exact"))
+    assert found.equals(expected)
+
+
 def test_images_that_left_make_room_in_the_lists(store, tmp_path):
     run(asked_for(store), str(tmp_path / "run"))
     left = [name for i, name in enumerate(NAMES) if i not in (3, 4, 15)]

@@ -103,8 +103,17 @@ class RetrievalConfig:
     """Pair images only with images of the same scene (first folder of the name)."""
     index: str = "Flat"
     """FAISS index_factory string of the shortlist; Flat is exact. Others depend on `shards`, which they need."""
+    patch_index: str | None = None
+    """FAISS index_factory string of an index over all patches, for a search without shortlist; null: all are compared,
+    which is exact. Flat is exact too; others depend on `shards`, which they need."""
+    patch_probe: str | None = None
+    """How far to search such an index, in FAISS's words, such as nprobe=16 or efSearch=64; null: FAISS's choice."""
+    patch_margin: float = 0.0
+    """How far below the threshold to look for patches that the codes of such an index underrate, in similarity."""
+    device: str = "cpu"
+    """Where patches vote: cpu, or cuda, with one shard per graphics card."""
     shards: int | None = None
-    """Search actors the database is split over; null: one per CPU core, fewer for a small database."""
+    """Search actors the database is split over; null: one per CPU core or graphics card, fewer for a small database."""
     query_batch: int = 64
     """Queries sent to the actors at a time, and written to disk at a time."""
     timeout_s: float = 600.0
@@ -120,8 +129,18 @@ class RetrievalConfig:
 
     def __post_init__(self):
         _positive("retrieval", self, "k", "shortlist", "shards", "query_batch", "timeout_s")
-        _require("retrieval.shards", self.shards, self.shards is not None or self.index == "Flat",
-                 f"a number with retrieval.index={self.index}: shards are trained alone, so the answer depends on it")  # fmt: skip
+        for name in ("index", "patch_index"):
+            factory = getattr(self, name)
+            _require("retrieval.shards", self.shards, self.shards is not None or factory in (None, "Flat"),
+                     f"a number with retrieval.{name}={factory}: what shards are trained on decides")  # fmt: skip
+        _require("retrieval.patch_index", self.patch_index, self.patch_index is None or self.shortlist is None,
+                 "null unless retrieval.shortlist=null: only that search looks at all patches")  # fmt: skip
+        _require("retrieval.patch_probe", self.patch_probe, self.patch_probe is None or self.patch_index is not None,
+                 "null without a retrieval.patch_index")  # fmt: skip
+        _require("retrieval.patch_margin", self.patch_margin, self.patch_margin >= 0, "0 or positive")
+        _require("retrieval.device", self.device, self.device in ("cpu", "cuda"), "cpu or cuda")
+        _require("retrieval.device", self.device, self.device == "cpu" or self.patch_index is None,
+                 "cpu with a retrieval.patch_index")  # fmt: skip
         _require("retrieval.reuse_gb", self.reuse_gb, self.reuse_gb >= 0, "0 or positive")
         _require("retrieval.weights", self.weights, self.weights in ("none", "idf", "tfidf"), "none, idf or tfidf")
         _require("retrieval.radius", self.radius, self.radius is None or 0 < self.radius < 2,

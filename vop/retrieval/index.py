@@ -36,7 +36,8 @@ class Wanted:
 class ShardIndex:
     """The rows of one shard.
 
-    patches  (n, P, E) float16, float32 or int8, unit vectors as stored; kept as given (a memory map or a read-only view will do)
+    patches  (n, P, E) float16, float32 or int8, unit vectors as stored; kept as given, a memory map or a read-only view
+             will do
     globals  (n, G) float16 or float32
     rows     (n,) int64 database rows over all shards, no two equal
     masks    (n, P) bool, True where a patch is image; None: padding votes too
@@ -119,7 +120,12 @@ def _with_hits(queries, rows, ends, patches, counts, sums) -> PairVotes:
     return PairVotes(queries[hit], rows[hit], np.concatenate([[0], ends[hit]]), patches, counts, sums)
 
 
-def memory_bytes(rows: int, P: int, E: int, dtype: str, G: int) -> int:
-    """Bytes a shard of `rows` images holds: what a store in `dtype` does, FAISS's exact float32 copy, masks, rows."""
+def memory_bytes(rows: int, held: int, P: int, E: int, dtype: str, G: int, queries: int) -> int:
+    """Bytes a shard of `rows` images needs, of which it holds the patches of `held`, in answering so many queries.
+
+    Globals lie in the store's type and as FAISS's exact float32 copy. Queries are held as they come and as the kernel
+    takes them, in float32 and in integers.
+    """
     patches, globals_ = np.dtype(dtype).itemsize, np.dtype(float_type(dtype)).itemsize
-    return rows * (P * E * patches + (globals_ + 4) * G + P + 16)
+    scratch = 40 * P * P + 2 * PAIRS_AT_ONCE * P * 8
+    return held * P * E * patches + rows * ((globals_ + 4) * G + P + 16) + queries * P * E * (patches + 5) + scratch

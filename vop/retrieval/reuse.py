@@ -1,7 +1,8 @@
 """Votes that need not be counted again: of a pair that was scored from its other side, and of an earlier search.
 
 Both are exact: the votes of a pair of images have the same bits whenever, wherever and from whichever side they are
-counted. What is known only decides which pairs the shards are asked for.
+counted. What is known only decides which pairs the shards are asked for. Where that does not hold (`Search.exact`,
+`Search.symmetric`) nothing is taken up, or every pair is scored from both sides.
 """
 
 from collections import defaultdict
@@ -113,7 +114,7 @@ class Reuse:
     query_ids (Q,), database_ids (N,)  image ids; own (Q,) each query's own database row or -1
     numbers      batches that will be asked for, in this order; `query_batch` queries each
     earlier      votes kept by an earlier search, or None; full: a search without shortlists
-    budget       bytes of votes held for later batches; beyond it their pairs are scored from both sides
+    budget       bytes of votes held for later batches; beyond it their pairs are scored from both sides. None: all are
     """
 
     def __init__(self, query_ids, database_ids, own, query_batch, numbers, earlier, full, budget):
@@ -184,10 +185,11 @@ class Reuse:
         known |= np.isin(self._keys(own[queries], rows), promised)
         asked = np.flatnonzero(~known)
         queries, rows = queries[asked], rows[asked]
-        mine, turns = own[queries], np.where(own[queries] >= 0, self._turn[rows], -1)
+        mine = own[queries]
+        turns = np.where((mine >= 0) & (self.budget is not None), self._turn[rows], -1)
         # Inside the batch a pair listed by both sides is asked for once, by the smaller row.
         both = (turns == turn) & np.isin(self._keys(rows, mine), self._keys(mine, rows))
-        later = (turns > turn) & (self.held < self.budget)
+        later = (turns > turn) & (self.held < (self.budget or 0))
         for target in np.unique(turns[later]):
             chosen = later & (turns == target)
             self._promised[target].append(self._keys(rows[chosen], mine[chosen]))

@@ -16,8 +16,9 @@ from vop.config import ILLUSTRATED, RetrievalConfig
 from vop.image import patch_mask
 from vop.parts import fingerprint
 from vop.quantised import widen
-from vop.retrieval import voting
+from vop.retrieval import patches, voting
 from vop.retrieval.index import ShardIndex, memory_bytes
+from vop.retrieval.patches import PatchIndex
 from vop.retrieval.reuse import Earlier, Reuse, kept_table
 from vop.retrieval.shortlist import Shortlist
 from vop.retrieval.voting import PairVotes
@@ -26,6 +27,8 @@ from vop.store import Selection
 # Pairs as they are ranked; the first pair of an illustrated query also carries the weights of its patches.
 # Their number is fixed: what a report shows must not decide whether a search is done already.
 RANKED = pairs.SCHEMA.append(pa.field("patch_weights", pa.list_(pa.float32())))
+
+PROCESS = 300_000_000  # bytes of a shard's process without data: Python, Arrow, FAISS and compiled code
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,15 @@ class Search:
     @property
     def exact(self) -> bool:
         """Whether the answer follows from the descriptors alone, and not from how an index was trained on a shard."""
-        return self.retrieval.index == "Flat"
+        return self.retrieval.index == "Flat" and self.retrieval.patch_index in (None, "Flat")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a pair has the same votes from whichever side it is scored.
+
+        A graphics card adds them up in another order, and a trained index may find other hits.
+        """
+        return self.retrieval.device == "cpu" and self.retrieval.patch_index in (None, "Flat")
 
     def shard_hashes(self) -> dict[int, str]:
         """SHA-256 of the store's shards that hold the images of this search, by number."""
@@ -116,7 +127,7 @@ class Search:
             numbers,
             earlier,
             self.retrieval.shortlist is None,
-            self.retrieval.reuse_gb * 1e9,
+            self.retrieval.reuse_gb * 1e9 if self.symmetric else None,
         )
 
     @cached_property
@@ -186,22 +197,31 @@ class Search:
     def index(self, rows: np.ndarray, fresh: np.ndarray | None) -> ShardIndex:
         """The index of one shard, these rows of the database: reads their descriptors from the store.
 
-        fresh (n,) bool: which of them the settled queries are searched among.
+        It is a `ShardIndex`, or a `PatchIndex` or `CudaIndex`, which answer alike. fresh (n,) bool: which of the rows
+        the settled queries are searched among.
         """
         faiss.omp_set_num_threads(1)  # shards run side by side
         part = self.database.take(rows)
-        cache = self.retrieval.cache
-        globals_, patches = part.read() if cache is None else part.read_mapped(cache)
-        factory = None if self.retrieval.index == "Flat" else self.retrieval.index
-        image = masks(part) if self.retrieval.mask_padding else None
-        scenes = self._scene_codes[1][rows] if self.retrieval.within_scene else None
-        return ShardIndex(patches, globals_, rows, image, scenes, factory, fresh)
+        asked = self.retrieval
+        globals_, stored = part.read() if asked.cache is None else part.read_mapped(asked.cache)
+        image = masks(part) if asked.mask_padding else None
+        if asked.patch_index is not None:
+            return PatchIndex(stored, rows, image, asked.patch_index, asked.patch_probe, asked.patch_margin)
+        scenes = self._scene_codes[1][rows] if asked.within_scene else None
+        if asked.device == "cuda":
+            from vop.retrieval.cuda_index import CudaIndex  # PyTorch, which the other shards need not load
+
+            return CudaIndex(stored, globals_, rows, image, scenes, fresh)
+        factory = None if asked.index == "Flat" else asked.index
+        return ShardIndex(stored, globals_, rows, image, scenes, factory, fresh)
 
     def memory_bytes(self, rows: int) -> int:
-        """Memory that a shard of so many rows needs."""
-        manifest = self.database.store.manifest
-        shape = manifest["patches"], manifest["width"], manifest["dtype"], manifest["global_width"]
-        return memory_bytes(rows, *shape)
+        """Main memory that a shard of so many rows needs; of memory-mapped patches the pages that a batch touches."""
+        manifest, asked = self.database.store.manifest, self.retrieval
+        P, E, dtype = manifest["patches"], manifest["width"], manifest["dtype"]
+        held = rows if asked.cache is None else min(rows, asked.query_batch * (asked.shortlist or rows))
+        needed = PROCESS + memory_bytes(rows, held, P, E, dtype, manifest["global_width"], asked.query_batch)
+        return needed if asked.patch_index is None else needed + patches.memory_bytes(rows, P, E, asked.patch_index)
 
     def rank(self, batch: QueryBatch, shortlist: Shortlist | None, queries: np.ndarray, votes: PairVotes) -> pa.Table:
         """Weigh and rank the votes of a batch, of all shards: its pairs, in `RANKED`.

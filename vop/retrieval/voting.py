@@ -130,7 +130,7 @@ def threshold(radius: float) -> np.float32:
 def pair_votes(x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Votes of one image for another: unit patches x (P0, E) and y (P1, E) -> A (P0,) float32, C (P0,) int32.
 
-    float16, float32 or int8. The same pair always gives the same bits, in whatever batch, shard or thread. ValueError if
+    In any type of a store. The same pair always gives the same bits, in whatever batch, shard or thread. ValueError if
     E differs.
     """
     found = votes(x, [y], radius)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from vop.config import RetrievalConfig
 from vop.retrieval import shortlist, voting
 from vop.retrieval.index import ShardIndex, Wanted
 from vop.retrieval.reuse import Reuse
@@ -189,9 +190,10 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     yield from waiting
 
 
-def shard_rows(database_size: int, shards: int | None) -> list[np.ndarray]:
+def shard_rows(database_size: int, retrieval: RetrievalConfig) -> list[np.ndarray]:
     """Database rows of every shard: contiguous, as even as can be."""
-    asked = shards or min(cluster.cpus(), -(-database_size // SMALL_SHARD))
+    workers = cluster.gpus() if retrieval.device == "cuda" else cluster.cpus()
+    asked = retrieval.shards or min(workers, -(-database_size // SMALL_SHARD))
     return np.array_split(np.arange(database_size), max(1, min(asked, database_size)))
 
 
@@ -201,9 +203,15 @@ def search_shards(search: Search, reuse: Reuse) -> Iterator[Shards]:
 
     The memory of every actor is declared to Ray. Raises `SearchError` where the nodes have not that much.
     """
-    parts = shard_rows(len(search.database), search.retrieval.shards)
+    parts = shard_rows(len(search.database), search.retrieval)
     needed = [search.memory_bytes(len(rows)) for rows in parts]
     _check_memory(needed)
+    cards = int(search.retrieval.device == "cuda")
+    if cards * len(parts) > cluster.gpus():
+        raise SearchError(
+            f"retrieval.device=cuda needs a graphics card for each of {len(parts)} search shards, but the cluster has "
+            f"{cluster.gpus()}: use fewer retrieval.shards or retrieval.device=cpu"
+        )
     fresh = [None if reuse.fresh is None else reuse.fresh[rows] for rows in parts]
     told = ray.put(search)
     given = [[told, ray.put(part)] for part in zip(parts, fresh, strict=True)]
@@ -212,7 +220,12 @@ def search_shards(search: Search, reuse: Reuse) -> Iterator[Shards]:
     actors = [
         ray.remote(SearchShard)
         .options(
-            num_cpus=0, memory=size, scheduling_strategy="SPREAD", max_restarts=RESTARTS, max_task_retries=TASK_RETRIES
+            num_cpus=0,
+            num_gpus=cards,
+            memory=size,
+            scheduling_strategy="SPREAD",
+            max_restarts=RESTARTS,
+            max_task_retries=TASK_RETRIES,
         )
         .remote(references)
         for references, size in zip(given, needed, strict=True)
