@@ -164,10 +164,8 @@ class CudaShard:
                 f"{self._patches.shape[2]}: make both by the same encoder and store them in one type"
             )
         queries = np.asarray(wanted.queries)
-        if len(queries) and not 0 <= queries.min() <= queries.max() < len(x):
-            raise ValueError(
-                f"the wanted pairs name queries outside the batch of {len(x)}"
-            )  # the kernel reads unchecked
+        if len(queries) and not 0 <= queries.min() <= queries.max() < len(x):  # the kernel would read anything
+            raise ValueError(f"the wanted pairs name queries outside the batch of {len(x)}")
         found, back = [], []
         for both, query, place in self._pairs(wanted, x.shape[1]):
             votes = self._pair_votes(x, x_sizes, self._patches, self._sizes, query, place, bound, both)
