@@ -14,6 +14,9 @@ for a core counts. The first call of every function is left out: it loads what i
 the median time from one batch of queries to the next, per query. `prepare` is what the driver does before (catalog,
 names, fingerprints); `start` is from the start of the actors until they answer.
 
+Every query is sent to every shard, so more shards cost something even where they have nothing to add. That is measured
+apart, for the projection: a query at a shard of 64 images without a pair to score, and one message to an actor.
+
 Memory is sampled from /proc (Linux): largest anonymous memory, mapped files (which the system may drop; the copies of
 the descriptors are there) and shared memory (Ray's objects, seen by everyone) of every process. The growth exponent is
 the slope of log seconds over log images. The last line is one JSON object.
@@ -55,7 +58,12 @@ class Clock:
 
     def seconds(self, stage: str) -> float:
         """Seconds of a stage, as if the first call of each function had taken as long as the others."""
-        return sum(float(np.mean(took[1:] or took)) * len(took) for took in self.calls[stage].values())
+        return sum(self.each(stage, name) * len(took) for name, took in self.calls[stage].items())
+
+    def each(self, stage: str, name: str) -> float:
+        """Seconds of one call of a function."""
+        took = self.calls[stage][name]
+        return float(np.mean(took[1:] or took))
 
     def wrap(self, owner, name: str, stage: str) -> None:
         """Count every call of `owner.name` for a stage."""
@@ -102,6 +110,7 @@ def retrieve(folder: str, output: str, queries: list[str], database: list[str], 
         (Selection, ["read"], "read"),
         (searching, ["masks"], "read"),
         (ray, ["put"], "send"),
+        (ray.actor.ActorMethod, ["remote"], "send"),
         (stage, ["_answer"], "send"),
         (voting, ["merge"], "merge"),
         (shortlist, ["merge"], "merge"),
@@ -143,6 +152,7 @@ def retrieve(folder: str, output: str, queries: list[str], database: list[str], 
     counts, timings, ray_s = run.counts, run.timings, clock.seconds("ray")
     answer.send(
         {stage: clock.seconds(stage) / len(queries) for stage in (*DRIVER, *ACTORS)}
+        | {"message": clock.each("send", "ActorMethod.remote") + clock.each("send", f"{stage.__name__}._answer")}
         | {"wall": counts["seconds_per_batch"]["p50"] / min(BATCH, len(queries))}
         | {"prepare": timings["total"] - timings["search"] - timings["write pairs"] - ray_s}
         | {"start": waited[1] - waited[0], "total": timings["total"], "held_mb": held[0], "counts": counts}
@@ -231,14 +241,18 @@ def measure(folder: Path, world, size: int, count: int, radius: float) -> dict:
     found, memory = in_process(retrieve, str(folder), "run", queries, names, radius)
     others = max(others, busy_cores())
     done, counted = len(queries), found["counts"]
+    idle = shard_costs(folder / "store", names, radius)
     result = {"images": size, "queries": done, "shards": len(counted["shard_seconds"])}
     result |= {"pairs_per_query": round(counted["pairs_scored"] / done, 2), "others_busy_cores": round(others, 2)}
     result |= quality(folder / "run", world)
     result["ms_per_query"] = {name: 1e3 * found[name] for name in ("wall", *DRIVER, *ACTORS)}
     result["once_s"] = {"fill": first["start"], "start": found["start"], "prepare": found["prepare"]}
     result["units_s"] = {
-        "shortlist_query_row": found["shortlist"] / size,
-        "votes_pair": found["votes"] * done / counted["pairs_scored"],
+        "shortlist_query": found["shortlist"],
+        "votes_pair": (found["votes"] - result["shards"] * idle["votes"]) * done / counted["pairs_scored"],
+        "shard_shortlist": idle["shortlist"],
+        "shard_votes": idle["votes"],
+        "message": found["message"],
     }
     result |= {"total_s": found["total"], "held_mb": found["held_mb"], "memory_mb": memory}
     result["filling_mb"] = {name: peak for name, peak in filling.items() if name.startswith("actor")}
@@ -248,6 +262,29 @@ def measure(folder: Path, world, size: int, count: int, radius: float) -> dict:
         path = folder / stale
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return result
+
+
+def shard_costs(store: Path, names: list[str], radius: float) -> dict[str, float]:
+    """Seconds of a query at a shard of few images that has none of its pairs: what more shards cost in all."""
+    from vop.retrieval.index import ShardIndex, Wanted
+    from vop.store import EmbeddingStore
+
+    globals_, patches = EmbeddingStore.open(str(store)).select(names[: 2 * BATCH]).read()
+    shard, batch = ShardIndex(patches[:BATCH], globals_[:BATCH], np.arange(BATCH)), slice(-BATCH, None)
+    nothing = Wanted(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))
+    asked = {
+        "shortlist": lambda: shard.shortlist(globals_[batch], K),
+        "votes": lambda: shard.votes(patches[batch], None, nothing, radius),
+    }
+    took = {}
+    for name, ask in asked.items():
+        seconds = []
+        for _ in range(8):
+            start = time.perf_counter()
+            ask()
+            seconds.append(time.perf_counter() - start)
+        took[name] = float(np.median(seconds)) / BATCH
+    return took
 
 
 def quality(run: Path, world) -> dict[str, float]:
@@ -281,7 +318,7 @@ def table(results: list[dict]) -> dict[str, float | None]:
     def line(label: str, value, digits: int = 2, grows: bool = True) -> None:
         slope = exponent(results, value) if grows else None
         if grows:
-            exponents[label] = slope
+            exponents[label.strip()] = slope
         numbers = "".join(f"{value(result):>12,.{digits}f}" for result in results)
         print(f"{label:<34}{numbers}" + (f"{slope:>10.2f}" if slope is not None else ""))
 
@@ -305,7 +342,7 @@ def table(results: list[dict]) -> dict[str, float | None]:
     cells = (max(r["filling_mb"].values(), key=lambda peak: sum(peak.values())) for r in results)
     print(f"  {'an actor that fills the cache':<32}" + "".join(f"{_memory(cell):>18}" for cell in cells))
     print("disk, MB")
-    line("  store", lambda r: r["disk_mb"]["store"], 0, False)
+    line("  store (all that is there)", lambda r: r["disk_mb"]["store"], 0, False)
     line("  cache", lambda r: r["disk_mb"]["cache"], 0, False)
     line("  run (pairs, kept votes)", lambda r: r["disk_mb"]["run"], 1, False)
     return exponents
@@ -340,8 +377,13 @@ def unit_costs(results: list[dict]) -> dict[str, float]:
     # Sampled queries lie in row groups of their own; those of `register` share them, as where all images are queries.
     dense = next((result for result in results if result["queries"] == result["images"]), largest)
     driver = {name: largest["ms_per_query"][name] / 1e3 for name in DRIVER}
-    return largest["units_s"] | {
+    units = dict(largest["units_s"])
+    query = units.pop("shortlist_query") - largest["shards"] * units["shard_shortlist"]
+    # One message to every shard for each of two questions and a batch; the projection counts those of its own shards.
+    driver["send"] -= 2 * largest["shards"] * units["message"] / BATCH
+    return units | {
         **driver,
+        "shortlist_query_row": max(query, 0.0) / largest["images"],
         "read": dense["ms_per_query"]["read"] / 1e3,
         "actor_bytes": per_image(results, _of_actors),
         "driver_bytes": per_image(results, lambda result: result["held_mb"]),
@@ -354,10 +396,22 @@ def project(unit: dict[str, float], N: int) -> dict[str, float]:
     cores, link, disk = NODES * NODE_CORES, LINK_GB_S * 1e9, DISK_GB_S * 1e9
     shard, node = N // cores, N * IMAGE_BYTES / NODES
     row, pair, driver = unit["shortlist_query_row"], unit["votes_pair"], sum(unit[name] for name in DRIVER)
+    asked, counted, message = unit["shard_shortlist"], unit["shard_votes"], 2 * cores * unit["message"] / BATCH
     steps = {
-        "shortlist": (row * N * N / cores, f"{1e9 * row:.3g} ns x {N:.0e} queries x {N:.0e} rows / {cores} cores"),
-        "votes": (pair * K * N / cores, f"{1e3 * pair:.3g} ms x {K} x {N:.0e} queries / {cores} cores"),
-        "driver": (driver * N, f"{1e3 * driver:.3g} ms x {N:.0e} queries, however large the cluster"),
+        "shortlist": (
+            N * (row * N + asked * cores) / cores,
+            f"{N:.0e} queries x ({1e9 * row:.3g} ns x {N:.0e} rows + {1e3 * asked:.3g} ms x {cores} shards) "
+            f"/ {cores} cores",
+        ),
+        "votes": (
+            N * (pair * K + counted * cores) / cores,
+            f"{N:.0e} queries x ({1e3 * pair:.3g} ms x {K} + {1e3 * counted:.3g} ms x {cores} shards) / {cores} cores",
+        ),
+        "driver": (
+            (driver + message) * N,
+            f"{N:.0e} queries x ({1e3 * driver:.3g} ms + {1e3 * unit['message']:.3g} ms x {2 * cores} messages "
+            f"/ {BATCH})",
+        ),
         "network": (
             node * NODES**2 / link,
             f"{IMAGE_BYTES} bytes x {N:.0e} queries x {NODES} nodes / {LINK_GB_S} GB/s",
@@ -365,14 +419,14 @@ def project(unit: dict[str, float], N: int) -> dict[str, float]:
         "cache": (2 * node / disk, f"2 x {node / 1e9:,.3g} GB a node / {DISK_GB_S} GB/s, read and written once"),
     }
     slowest = max(steps, key=lambda name: steps[name][0])
-    lists = 2 ** round(np.log2(4 * shard**0.5))
-    probed = max(1, lists // 128)
-    compared = cores * (lists + shard * probed / lists)
-    if compared < N / 4:
-        steps["with IVF"] = (
-            row * compared * N / cores,
-            f"{1e9 * row:.3g} ns x {N:.0e} queries x {compared:.2g} rows / {cores} cores, if a row costs as much there;\n"
-            f"{'':26}IVF{lists},Flat, nprobe {probed}: {cores} shards x ({lists} + {shard:,} x {probed} / {lists}) rows",
+    if slowest == "shortlist":
+        lists = 2 ** round(np.log2(4 * shard**0.5))
+        probed = max(1, lists // 128)
+        compared = cores * (lists + shard * probed / lists)
+        steps["by IVF"] = (
+            N * (row * compared + asked * cores) / cores,
+            f"IVF{lists},Flat, nprobe {probed}: {N:.0e} x {cores} shards x ({lists} + {shard:,} x {probed} / {lists}) "
+            "rows, if one costs as much",
         )
     print(f"\n{N:,} images, {shard:,} in a shard")
     for name, (seconds, arithmetic) in steps.items():
@@ -392,29 +446,33 @@ def project(unit: dict[str, float], N: int) -> dict[str, float]:
 
 def projection(results: list[dict]) -> dict:
     """Print the projections and where the bottlenecks lie; returns the numbers."""
-    unit, cores = unit_costs(results), NODES * NODE_CORES
+    unit = unit_costs(results)
     row, votes = unit["shortlist_query_row"], K * unit["votes_pair"]
     driver = sum(unit[name] for name in DRIVER)
+    asked, counted, message = (1e3 * unit[name] for name in ("shard_shortlist", "shard_votes", "message"))
     print(
         f"\nprojection: every image is a query (`register`), one actor a core, on {NODES} nodes of {NODE_CORES} cores "
         f"like these,\n{NODE_GB} GB, {LINK_GB_S} GB/s network and {DISK_GB_S} GB/s disk; costs as at the largest size "
         "(read: where all are queries):\n"
-        f"  shortlist  {1e9 * row:.3g} ns for a query and a row\n"
-        f"  votes      {1e3 * unit['votes_pair']:.3g} ms for a pair, {K} pairs a query; down to half of them while "
-        "retrieval.reuse_gb lasts\n"
+        f"  shortlist  {1e9 * row:.3g} ns for a query and a row, {asked:.3g} ms for a query and a shard\n"
+        f"  votes      {1e3 * unit['votes_pair']:.3g} ms for a pair ({K} a query, down to half of them while "
+        f"retrieval.reuse_gb lasts), {counted:.3g} ms for a query and a shard\n"
         f"  driver     {' + '.join(f'{name} {1e3 * unit[name]:.3g}' for name in DRIVER)} = {1e3 * driver:.3g} ms for a "
-        "query, one after the other\n"
+        f"query, {message:.3g} ms for a message\n"
         f"  an image   {IMAGE_BYTES:,} bytes of patches, {unit['actor_bytes']:,.0f} of its actor's own memory, "
         f"{unit['driver_bytes']:,.0f} of the driver's"
     )
     projected: dict[str, object] = {f"{N:.0e}": project(unit, N) for N in PROJECTED}
-    equal, busy = round(votes / row), (votes + row * PROJECTED[0]) / driver
+    equal = round(votes / row)
+    busy = (votes + row * PROJECTED[0]) / driver
     print(
-        f"\nThe flat shortlist of a query grows with the collection, that of all queries with its square. It takes as "
-        f"long as the\nvotes at {1e3 * votes:.3g} ms / {1e9 * row:.3g} ns = {equal:,} images; well beyond, "
-        "retrieval.index must be an IVF string. The driver is one\nprocess: for each second of its own at "
-        f"{PROJECTED[0]:,} images the actors work {busy:.1f}, so it keeps about {max(1, round(busy))} cores busy. More "
-        "cores need\nseveral `vop retrieve`, each with a share of the queries, whose pairs are appended."
+        "\nThe flat shortlist of a query grows with the collection, that of all queries with its square. It takes as "
+        f"long as the\nvotes of {K} pairs at {1e3 * votes:.3g} ms / {1e9 * row:.3g} ns = {equal:,} images; well "
+        "beyond, retrieval.index must be an IVF string.\nEvery query visits every shard: fewer, larger shards and a "
+        "larger retrieval.query_batch save visits and messages.\nThe driver is one process: at "
+        f"{PROJECTED[0]:,} images the rows and pairs of a query take {busy:.1f} times as long as its\npart, messages "
+        "aside, so it keeps at most so many cores busy. More cores need several `vop retrieve`, each with a\nshare of "
+        "the queries, whose pairs are appended."
     )
     return projected | {"units": unit, "shortlist_equals_votes_at": equal, "cores_for_one_driver": round(busy, 1)}
 
