@@ -11,7 +11,8 @@ import numpy as np
 
 from vop.quantised import float_type
 from vop.retrieval import kernel
-from vop.retrieval.shortlist import GlobalIndex, Shortlist
+from vop.retrieval.shortlist import NOBODY, GlobalIndex, Shortlist
+from vop.retrieval.shortlist import merge as merge_shortlists
 from vop.retrieval.voting import PairVotes, merge, threshold
 
 PAIRS_AT_ONCE = 4096  # bounds the scratch memory of a call
@@ -43,7 +44,7 @@ class ShardIndex:
     masks    (n, P) bool, True where a patch is image; None: padding votes too
     scenes   (n,) int scene codes, or None
     factory  FAISS ``index_factory`` string of the shortlist's index; None: exact
-    fresh    (n,) bool, or None: the rows among which settled queries are searched (see `GlobalIndex.search`)
+    fresh    (n,) bool, or None: the rows among which settled queries are searched
     """
 
     def __init__(self, patches, globals, rows, masks=None, scenes=None, factory: str | None = None, fresh=None):
@@ -66,14 +67,27 @@ class ShardIndex:
         self._rows = rows
         self._order = np.argsort(rows)  # local positions in database order
         self._sorted = rows[self._order]
-        self._globals = GlobalIndex(globals, rows, scenes, factory, fresh)
+        self._globals = GlobalIndex(globals, rows, scenes, factory)
+        self._fresh = None
+        if fresh is not None and np.any(fresh):
+            self._fresh = GlobalIndex(globals[fresh], rows[fresh], None if scenes is None else scenes[fresh], factory)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def shortlist(self, query_globals, k: int, exclude=None, scenes=None, settled=None) -> Shortlist:
-        """The k best rows of this shard for each of query_globals (Q, G); see `GlobalIndex.search`."""
-        return self._globals.search(query_globals, k, exclude, scenes, settled)
+        """The k best rows of this shard for each of query_globals (Q, G); see `GlobalIndex.search`.
+
+        settled (Q,) bool: queries that see only the fresh rows, because an earlier search knows the best of the others.
+        """
+        if settled is None:
+            return self._globals.search(query_globals, k, exclude, scenes)
+        parts = []
+        for index, queries in ((self._globals, np.flatnonzero(~settled)), (self._fresh, np.flatnonzero(settled))):
+            if index is not None and len(queries):
+                own = (None if array is None else array[queries] for array in (exclude, scenes))
+                parts.append(index.search(query_globals[queries], k, *own).among(queries, len(settled)))
+        return merge_shortlists([*parts, NOBODY.among(np.empty(0, np.int64), len(settled))], k)
 
     def votes(
         self, patches: np.ndarray, masks: np.ndarray | None, wanted: Wanted, radius: float, screens: bool = True
@@ -104,13 +118,15 @@ class ShardIndex:
         here = np.flatnonzero(self._sorted[rank] == wanted.rows)
         here = here[np.argsort(rank[here], kind="stable")]  # by row, so that a row is read and converted once
         place, query, mutual = self._order[rank[here]], wanted.queries[here], wanted.mutual[here]
-        packed, bits, found, back = kernel.stack(patches, masks), kernel.as_bits(self._patches), [], []
+        asked, query = np.unique(query, return_inverse=True)  # only those are prepared
+        packed, bits, found, back = kernel.stack(patches[asked], masks[asked]), kernel.as_bits(self._patches), [], []
         for start in range(0, len(here), PAIRS_AT_ONCE):
             now = slice(start, start + PAIRS_AT_ONCE)
             pairs = place[now], query[now], mutual[now]
             hits, hits_back = kernel.count_hits(packed, bits, self._masks, *pairs, bound, screens)
-            found.append(_with_hits(query[now], self._rows[place[now]], *hits))
-            back.append(_with_hits(self._rows[place[now]], query[now], *hits_back))
+            queries, rows = asked[query[now]], self._rows[place[now]]
+            found.append(_with_hits(queries, rows, *hits))
+            back.append(_with_hits(rows, queries, *hits_back))
         return merge(found), merge(back)
 
 

@@ -38,10 +38,19 @@ class Shortlist:
         """Scores of query q, in the order of ``shortlist[q]``."""
         return self.scores[self._slice(q)]
 
+    def among(self, queries: np.ndarray, count: int) -> "Shortlist":
+        """The same as lists of `count` queries, of which these, ascending, are the positions; the others are empty."""
+        sizes = np.zeros(count, np.int64)
+        sizes[queries] = np.diff(self.offsets)
+        return Shortlist(np.concatenate([[0], np.cumsum(sizes)]), self.rows, self.scores)
+
     def _slice(self, q: int) -> slice:
         if not 0 <= q < len(self):
             raise IndexError(f"query {q} of {len(self)}")
         return slice(self.offsets[q], self.offsets[q + 1])
+
+
+NOBODY = Shortlist(np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))  # of no queries
 
 
 def merge(parts: Sequence[Shortlist], k: int) -> Shortlist:
@@ -68,14 +77,12 @@ class GlobalIndex:
     rows      (n,) int64 database rows, no two equal
     scenes    (n,) int codes, or None: queries may then not be restricted to a scene
     factory   a FAISS ``index_factory`` string, trained on a fixed sample; None is the exact flat index
-    fresh     (n,) bool, or None: the rows among which settled queries are searched
     """
 
-    def __init__(self, globals, rows, scenes=None, factory: str | None = None, fresh=None):
+    def __init__(self, globals, rows, scenes=None, factory: str | None = None):
         self._globals = globals
         self._rows = np.asarray(rows, np.int64)
         self._scenes = None if scenes is None else np.asarray(scenes)
-        self._fresh = None if fresh is None else np.asarray(fresh, bool)
         self._exact = factory is None
         self._largest = 0.0
         self._index = faiss.index_factory(globals.shape[1], factory or "Flat", faiss.METRIC_INNER_PRODUCT)
@@ -87,12 +94,11 @@ class GlobalIndex:
             self._largest = max(self._largest, float(np.linalg.norm(chunk, axis=1).max()))
             self._index.add(chunk)
 
-    def search(self, queries, k: int, exclude=None, scenes=None, settled=None) -> Shortlist:
+    def search(self, queries, k: int, exclude=None, scenes=None) -> Shortlist:
         """The k best rows of this shard for each of `queries` (Q, G).
 
         exclude (Q,): each query's own database row, which is left out; -1 for a query that is not in the database.
         scenes (Q,): each query sees only the rows with its code. ValueError if the index was built without scenes.
-        settled (Q,) bool: queries that see only the fresh rows, because an earlier search knows the best of the others.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self._globals.shape[1]:
@@ -103,14 +109,10 @@ class GlobalIndex:
             )
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         own = np.full(len(queries), -1) if exclude is None else np.asarray(exclude)
-        codes = np.zeros(len(queries), np.int64) if scenes is None else np.asarray(scenes)
-        settled = np.zeros(len(queries), bool) if settled is None else np.asarray(settled)
-        for code, known in sorted(set(zip(codes.tolist(), settled.tolist(), strict=True))):
-            members = np.flatnonzero((codes == code) & (settled == known))
-            visible = np.ones(len(self._rows), bool) if scenes is None else self._scenes == code
-            if known:
-                visible &= self._fresh
-            allowed = None if visible.all() else np.flatnonzero(visible)
+        groups = np.zeros(len(queries)) if scenes is None else np.asarray(scenes)
+        for code in np.unique(groups):
+            members = np.flatnonzero(groups == code)
+            allowed = None if scenes is None else self._scenes == code
             for q, result in zip(members, self._search_group(queries[members], k, own[members], allowed), strict=True):
                 found[q] = result
         offsets = np.concatenate([[0], np.cumsum([len(rows) for rows, _ in found], dtype=np.int64)])
@@ -121,8 +123,8 @@ class GlobalIndex:
         )
 
     def _search_group(self, queries, k, own, allowed):
-        """Results (rows, scores) of queries that may see the same local positions, `allowed` (None: all)."""
-        available = len(self._rows) if allowed is None else len(allowed)
+        """Results (rows, scores) of queries that may see the same rows, where `allowed` (n,) is True (None: all)."""
+        available = len(self._rows) if allowed is None else int(np.count_nonzero(allowed))
         results: list = [None] * len(queries)
         pending, width = np.arange(len(queries)), k + 1 + MARGIN
         while len(pending):
@@ -141,7 +143,7 @@ class GlobalIndex:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         if allowed is None:
             return self._index.search(queries, width)
-        return self._index.search(queries, width, params=_restricted(self._index, faiss.IDSelectorArray(allowed)))
+        return self._index.search(queries, width, params=_restricted(self._index, allowed))
 
     def _settle(self, query, similarity, places, own, k):
         """Exact order of what FAISS found, and whether nothing it left out can belong to the k best.
@@ -158,11 +160,12 @@ class GlobalIndex:
         return (rows, scores), certain
 
 
-def _restricted(index, selector):
-    """FAISS search parameters with a selector, of the class that the kind of index asks for."""
+def _restricted(index, allowed):
+    """FAISS search parameters that let only the `allowed` (n,) be found, of the class that an index asks for."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_restricted(index.index, selector))
+        return faiss.SearchParametersPreTransform(index_params=_restricted(index.index, allowed))
+    selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
     if isinstance(index, faiss.IndexHNSW):
