@@ -542,7 +542,7 @@ def test_every_float16_number_widens_exactly():
     bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     halves = bits.view(np.float16)
     out = np.empty(bits.shape, np.float32)
-    assert kernel._widen_image(bits, np.ones(256, bool), out) == 256
+    assert kernel.gather(bits, np.ones(256, bool), out) == 256
     finite = np.isfinite(halves)
     assert finite.sum() == 2**16 - 2**11
     assert np.array_equal(out[finite].view(np.uint32), halves[finite].astype(np.float32).view(np.uint32))
@@ -552,7 +552,7 @@ def test_only_image_patches_are_widened():
     halves = np.arange(24, dtype=np.float16).reshape(6, 4)
     mask = np.array([0, 1, 1, 0, 0, 1], bool)
     out = np.full((6, 6), -1, np.float32)
-    assert kernel._widen_image(halves.view(np.uint16), mask, out) == 3
+    assert kernel.gather(halves.view(np.uint16), mask, out) == 3
     assert np.array_equal(out[:3, :4], halves[mask])
     assert (out[3:] == -1).all() and (out[:, 4:] == -1).all()
 

@@ -27,13 +27,13 @@ def padded(size, multiple):
     return -(-size // multiple) * multiple
 
 
-def _widen(bits, out):
-    """Convert one row of patches, float16 given as uint16, float32 or int8, to float32."""
+def _convert(bits, out):
+    """Convert one row of patches, float16 given as uint16, float32 or int8, to float32; or copy it as it is."""
 
 
-@overload(_widen, inline="always")
-def _widen_row(bits, out):
-    if bits.dtype == types.float32:
+@overload(_convert, inline="always")
+def _convert_row(bits, out):
+    if bits.dtype == out.dtype:
 
         def copy(bits, out):
             for e in range(bits.shape[0]):
@@ -53,7 +53,7 @@ def _widen_row(bits, out):
 
         return normalise
 
-    def convert(bits, out):
+    def widen(bits, out):
         # The exponent moves to its place and is re-biased by one product with 2**112, right for subnormals too; the
         # compiler makes vector code of it, more than ten times as fast as NumPy's conversion.
         words = out.view(np.uint32)
@@ -63,16 +63,35 @@ def _widen_row(bits, out):
         for e in range(bits.shape[0]):
             out[e] *= np.float32(2.0**112)
 
-    return convert
+    return widen
+
+
+def room(patches, rows, width):
+    """Zeros (rows, width) for `gather`: in the type of the patches if `tiles.similarities` reads it, else float32."""
+
+
+@overload(room)
+def _room(patches, rows, width):
+    if patches.dtype == types.uint16 and tiles.SCREENS:
+
+        def halves(patches, rows, width):
+            return np.zeros((rows, width), np.uint16)
+
+        return halves
+
+    def floats(patches, rows, width):
+        return np.zeros((rows, width), np.float32)
+
+    return floats
 
 
 @njit(nogil=True, cache=True)
-def _widen_image(patches, mask, out):
-    """Fill the first rows of `out` with the patches where `mask` is True; returns how many."""
+def gather(patches, mask, out):
+    """Fill the first rows of `out` (from `room`) with the patches where `mask` is True; returns how many."""
     n = 0
     for s in range(patches.shape[0]):
         if mask[s]:
-            _widen(patches[s], out[n])
+            _convert(patches[s], out[n])
             n += 1
     return n
 
@@ -93,12 +112,12 @@ def _quantise(x, out):
 def pack(patches, mask, x, panels, offset, scale, error, norms):
     """Prepare one query: patches (P, E) float16 as uint16, float32 or int8, mask (P,) bool; returns how many take part.
 
-    x       (P, E') float32: the patches that take part, first; E' is E rounded up to a multiple of STEP
+    x       (P, E') from `room`: the patches that take part, first; E' is E rounded up to a multiple of STEP
     panels  (P' / WIDTH, E' / 4, WIDTH) uint32, zeros; P' is P rounded up to a multiple of WIDTH. Four integers a word
     offset  (P',) int32; scale, error (P',) float32: what `screen_tile` takes
     norms   (2,) float32: the largest |x| and the largest |scale * q|
     """
-    n = _widen_image(patches, mask, x)
+    n = gather(patches, mask, x)
     shifted = np.empty(x.shape[1], np.uint8)
     norms[:] = 0
     for p in range(n):
@@ -156,8 +175,11 @@ if not tiles.SCREENS:  # no such instructions: every similarity is computed
 
 
 @njit(nogil=True, cache=True)
-def _settle(x, y, p, s, found, threshold, out, sums, counts, other_sums, other_counts):
-    """Count the hits among the marked pairs, for the query's patches and for the candidate's."""
+def settle(x, y, p, s, found, threshold, out, sums, counts, other_sums, other_counts):
+    """Count the hits among `found` pairs of patches, rows p of x and s of y, for the former and for the latter.
+
+    Sums are in order if the pairs are, for each row. p, s and out have four entries more than are found.
+    """
     p[found : found + 3], s[found : found + 3] = 0, 0
     for i in range(0, found, 4):
         tiles.similarities(x, p, y, s, out, i)
@@ -170,26 +192,30 @@ def _settle(x, y, p, s, found, threshold, out, sums, counts, other_sums, other_c
 
 
 @njit(nogil=True, cache=True)
-def _count_all(x, n, y, m, threshold, panels, sums, counts):
-    """Count all hits of the n patches of x in the m patches of y; `panels` is scratch for x."""
+def _count_all(x, n, y, m, threshold, panels, wide, sums, counts):
+    """Count all hits of the n patches of x in the m patches of y; `panels` and `wide` are scratch for x and y."""
     panels[:] = 0
     for p in range(n):
+        _convert(x[p], wide[0])
         for e in range(x.shape[1]):
-            panels[p // WIDTH, e, p % WIDTH] = x[p, e]
+            panels[p // WIDTH, e, p % WIDTH] = wide[0, e]
+    for s in range(m):
+        _convert(y[s], wide[s])
     full = m - m % ROWS
     for b in range(-(-n // WIDTH)):
         for s in range(0, full, ROWS):
-            tiles.tile_full(panels, b, y, s, threshold, sums, counts)
+            tiles.tile_full(panels, b, wide, s, threshold, sums, counts)
         for s in range(full, m):
-            tiles.tile_single(panels, b, y, s, threshold, sums, counts)
+            tiles.tile_single(panels, b, wide, s, threshold, sums, counts)
 
 
 def stack(patches, masks):
     """Prepare queries, patches (Q, P, E) float16, float32 or int8 and masks (Q, P), for `count_hits`; see `pack`."""
     Q, P, E = patches.shape
     wide, E = padded(P, WIDTH), padded(E, STEP)
+    half = patches.dtype == np.float16 and tiles.SCREENS  # as `room` says
     queries = (
-        np.zeros((Q, P, E), np.float32),
+        np.zeros((Q, P, E), np.uint16 if half else np.float32),
         np.zeros((Q, wide // WIDTH, E // 4, WIDTH), np.uint32),
         np.empty((Q, wide), np.int32),
         np.empty((Q, wide), np.float32),
@@ -235,7 +261,7 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
     wide = scale.shape[1]
     sums, counts = np.empty(wide, np.float32), np.empty(wide, np.int32)
     other_sums, other_counts = np.empty(P1, np.float32), np.empty(P1, np.int32)
-    y = np.zeros((P1, E), np.float32)
+    y, wide_y, wide_x = room(patches, P1, E), np.empty((P1, E), np.float32), np.empty((P0, E), np.float32)
     rows = padded(P1, ROWS)
     levels = np.zeros((rows, E), np.uint8)
     steps, lengths, rests = np.empty(P1, np.float32), np.empty(P1, np.float32), np.empty(P1, np.float32)
@@ -249,7 +275,7 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
     at, other_at, size = 0, 0, 0
     for i in range(m):
         if i == 0 or place[i] != place[i - 1]:
-            size = _widen_image(patches[place[i]], masks[place[i]], y)
+            size = gather(patches[place[i]], masks[place[i]], y)
             if screens:
                 for j in range(size):
                     steps[j], lengths[j], rests[j] = _quantise(y[j], levels[j])
@@ -261,12 +287,12 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
             packed = panels[k], offset[k], scale[k], error[k], norms[k]
             found = _screen(packed, size, levels, steps, lengths, rests, threshold, slope, bound, marks, p, s)
         if 0 <= found <= DENSE * n * size:
-            _settle(x[k], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
+            settle(x[k], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
         else:
-            _count_all(x[k], n, y, size, threshold, scratch, sums, counts)
+            _count_all(x[k], n, y, size, threshold, scratch, wide_y, sums, counts)
             if mutual[i]:
                 back_sums[:], back_counts[:] = 0, 0
-                _count_all(y, size, x[k], n, threshold, back, back_sums, back_counts)
+                _count_all(y, size, x[k], n, threshold, back, wide_x, back_sums, back_counts)
                 other_sums[:], other_counts[:] = back_sums[:P1], back_counts[:P1]
         for j in range(n):
             if counts[j]:

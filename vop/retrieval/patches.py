@@ -90,13 +90,14 @@ class PatchIndex:
                 f"query patches have width {E}, the database {self._patches.shape[2]}: were both made by the same "
                 "encoder?"
             )
-        x, *_, sizes = kernel.stack(patches, np.ones((Q, P), bool) if masks is None else masks)
+        masks = np.ones((Q, P), bool) if masks is None else masks
+        x, *_, sizes = kernel.stack(patches, masks)
         asked, mutual = self._tables(Q, wanted)
         found, back, waiting = [NO_VOTES], [NO_VOTES], []
         # Asked about nothing or in nothing, some of FAISS's indexes end the process.
         queries = np.flatnonzero(asked.any(axis=1) & (sizes > 0) & (self._index.ntotal > 0))
         for q in queries:
-            waiting += self._proposed(q, np.ascontiguousarray(x[q, : sizes[q], :E]), asked, bound, P)
+            waiting += self._proposed(q, widen(patches[q][masks[q]]), asked, bound, P)
             if q == queries[-1] or sum(map(len, waiting)) > HITS_AT_ONCE:
                 # FAISS names no pair twice; if it did, it would count twice.
                 place, query, votes, votes_back = _count(
@@ -266,7 +267,7 @@ def _count(keys, x, patches, masks, threshold):
     patch, count, value = np.empty(total, np.uint16), np.empty(total, np.uint16), np.empty(total, np.float32)
     other_patch, other_count = np.empty(total, np.uint16), np.empty(total, np.uint16)
     other_value = np.empty(total, np.float32)
-    y = np.zeros((P1, x.shape[2]), np.float32)
+    y = kernel.room(patches, P1, x.shape[2])
     p, s = np.empty(cell + 4, np.uint32), np.empty(cell + 4, np.uint32)
     out = np.empty(cell + 4, np.float32)
     sums, counts = np.empty(P0, np.float32), np.empty(P0, np.int32)
@@ -280,10 +281,10 @@ def _count(keys, x, patches, masks, threshold):
             i += 1
         place, query = base // Q, base % Q
         if place != read:
-            kernel._widen_image(patches[place], masks[place], y)
+            kernel.gather(patches[place], masks[place], y)
             read = place
         sums[:], counts[:], other_sums[:], other_counts[:] = 0, 0, 0, 0
-        kernel._settle(x[query], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
+        kernel.settle(x[query], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
         before = at
         for j in range(P0):
             if counts[j]:

@@ -1,6 +1,6 @@
 """Tiles of matrix products in vector registers, as LLVM code that numba functions call: the floor of the votes.
 
-A similarity of two float32 rows is eight chains of fused multiply-adds, over e = c, c + 8, c + 16, ..., joined by one
+A similarity of two rows is eight chains of fused multiply-adds, over e = c, c + 8, c + 16, ..., joined by one
 tree of additions, whatever computes it: `similarities` for single pairs of rows, `tile_full` for a block of them.
 `screen_tile` multiplies 7-bit integers, nearly three times as fast. Fused multiply-add is an instruction of x86 since
 2013 and of every 64-bit ARM; elsewhere the result is the same and slow.
@@ -24,8 +24,9 @@ STEP = 16  # E is padded to a multiple: integers are multiplied four at a time, 
 LEVEL = 45  # largest integer: 4 steps x 2 products x (2 * 45) x 45 = 32,400 is below 2**15
 
 _features = numba.config.CPU_FEATURES
-# Whether `screen_tile` runs here; numba can be told to make code for another processor.
-SCREENS = "+avx2" in _features if _features is not None else llvmlite.binding.get_host_cpu_features().get("avx2", False)
+# Whether `screen_tile` and rows of float16 work here; numba can be told to make code for another processor.
+_host = llvmlite.binding.get_host_cpu_features() if _features is None else {}
+SCREENS = all(_host.get(name, False) or f"+{name}" in (_features or "").split(",") for name in ("avx2", "f16c"))
 
 _FLOAT, _INT, _SHORT, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
@@ -43,6 +44,13 @@ def _load(builder, pointer, vector, align=4):
     value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
     value.align = align
     return value
+
+
+def _floats(builder, pointer, dtype):
+    """LANES numbers as float32, from a row of float32, or of float16 that numba knows as uint16."""
+    if dtype == types.float32:
+        return _load(builder, pointer, _FLOATS)
+    return builder.fpext(_load(builder, pointer, ir.VectorType(ir.HalfType(), LANES), 2), _FLOATS)
 
 
 def _store(builder, value, pointer, align=4):
@@ -96,11 +104,14 @@ def _fma(builder):
 
 @intrinsic
 def similarities(typing_context, x, p, y, s, out, i):
-    """Similarities of four pairs of rows, x[p[k]] and y[s[k]] for k = i .. i + 3, to out[i : i + 4]."""
+    """Similarities of four pairs of rows, x[p[k]] and y[s[k]] for k = i .. i + 3, to out[i : i + 4].
+
+    Rows are float32, or, where SCREENS says so, float16 given as uint16: products of either have the same bits.
+    """
 
     def generate(context, builder, signature, arguments):
         (x, p, y, s, out), shapes = _data(context, builder, signature, arguments, 0, 1, 2, 3, 4)
-        i, E = arguments[5], shapes[0][1]
+        i, E, kinds = arguments[5], shapes[0][1], (signature.args[0].dtype, signature.args[2].dtype)
         index, fma = E.type, _fma(builder)
         places = [builder.add(i, index(k)) for k in range(4)]
 
@@ -111,8 +122,8 @@ def similarities(typing_context, x, p, y, s, out, i):
         left, right = rows(x, p), rows(y, s)
 
         def body(e, dots):
-            a = [_load(builder, builder.gep(row, [e]), _FLOATS) for row in left]
-            b = [_load(builder, builder.gep(row, [e]), _FLOATS) for row in right]
+            a = [_floats(builder, builder.gep(row, [e]), kinds[0]) for row in left]
+            b = [_floats(builder, builder.gep(row, [e]), kinds[1]) for row in right]
             return [builder.call(fma, [u, v, dot]) for u, v, dot in zip(a, b, dots, strict=True)]
 
         dots = _loop(builder, index(0), E, index(LANES), [_ZEROS] * 4, body)
@@ -245,13 +256,13 @@ def round_row(typing_context, x, out):
 
     def generate(context, builder, signature, arguments):
         (x, out), shapes = _data(context, builder, signature, arguments, 0, 1)
-        E = shapes[0][0]
+        E, kind = shapes[0][0], signature.args[0].dtype
         index, fma = E.type, _fma(builder)
         unary = ir.FunctionType(_FLOATS, [_FLOATS])
         absolute = cgutils.get_or_insert_function(builder.module, unary, f"llvm.fabs.v{LANES}f32")
 
         def larger(e, so_far):
-            value = builder.call(absolute, [_load(builder, builder.gep(x, [e]), _FLOATS)])
+            value = builder.call(absolute, [_floats(builder, builder.gep(x, [e]), kind)])
             return [builder.select(builder.fcmp_ordered(">", value, so_far[0]), value, so_far[0])]
 
         (largest,) = _loop(builder, index(0), E, index(LANES), [_ZEROS], larger)
@@ -266,7 +277,7 @@ def round_row(typing_context, x, out):
         level = ir.Constant(_INTS, [LEVEL] * LANES)
 
         def body(e, sums):
-            value = _load(builder, builder.gep(x, [e]), _FLOATS)
+            value = _floats(builder, builder.gep(x, [e]), kind)
             turned = builder.call(fma, [value, inverse, shift])
             shifted = builder.add(builder.bitcast(turned, _INTS), level)
             _store(builder, builder.trunc(shifted, ir.VectorType(_BYTE, LANES)), builder.gep(out, [e]), 1)
