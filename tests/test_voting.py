@@ -205,7 +205,7 @@ def marked(x, y, bound):
     p, s = np.empty((2, len(x) * m + 4), np.uint32)
     scratch = slope, limit, marks, p, s
     query = tuple(array[0] for array in packed)
-    found = kernel._screen(query, m, levels, steps, norms, rests, np.float32(bound), *scratch)
+    found = kernel._screen(query, len(x), m, levels, steps, norms, rests, np.float32(bound), *scratch)
     return {(int(a), int(b)) for a, b in zip(p[:found], s[:found], strict=True)}
 
 

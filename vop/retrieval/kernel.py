@@ -137,8 +137,10 @@ def pack(patches, mask, x, panels, offset, scale, error, norms):
 
 
 @njit(nogil=True, cache=True)
-def _screen(query, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
+def _screen(query, size, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
     """Write the pairs of patches that may be hits to p and s (4 entries longer than needed); returns how many.
+
+    `query` packs `size` patches; the n of the candidate are quantised in `levels`, `steps`, `norms` and `rests`.
 
     <x, y> = scale scale' <q, q'> + <scale q, rest'> + <rest, y>, where a rest is what `_quantise` rounds off. So, by
     Cauchy and Schwarz, the products of integers miss a similarity by at most |scale q| |rest'| + |rest| |y|.
@@ -150,27 +152,25 @@ def _screen(query, n, levels, steps, norms, rests, threshold, slope, bound, mark
         slope[i] = norms[i] / steps[i]
         bound[i] = (threshold - slack * norms[i] - largest[1] * rests[i]) / steps[i]
     bound[n:rows] = np.inf
-    for b in range(panels.shape[0]):
+    blocks = padded(size, WIDTH) // WIDTH
+    for b in range(blocks):
         for i in range(0, rows, ROWS):
             tiles.screen_tile(panels, b, offset, scale, error, levels, i, slope, bound, marks)
     found = 0
-    for group in range(marks.shape[0]):
+    for group in range(blocks * (WIDTH // LANES)):
         for i in range(n):
             bits = marks[group, i]
-            lane = 0
-            while bits:
-                if bits & 1:
+            if bits:
+                for lane in range(LANES):  # written whether marked or not: no branch to mispredict
                     p[found], s[found] = group * LANES + lane, i
-                    found += 1
-                bits >>= 1
-                lane += 1
+                    found += (bits >> lane) & 1
     return found
 
 
 if not tiles.SCREENS:  # no such instructions: every similarity is computed
 
     @njit(nogil=True, cache=True)
-    def _screen(query, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
+    def _screen(query, size, n, levels, steps, norms, rests, threshold, slope, bound, marks, p, s):
         return -1
 
 
@@ -192,21 +192,30 @@ def settle(x, y, p, s, found, threshold, out, sums, counts, other_sums, other_co
 
 
 @njit(nogil=True, cache=True)
-def _count_all(x, n, y, m, threshold, panels, wide, sums, counts):
-    """Count all hits of the n patches of x in the m patches of y; `panels` and `wide` are scratch for x and y."""
+def _widen(x, n, wide):
+    """The first n rows of x as float32."""
+    for p in range(n):
+        _convert(x[p], wide[p])
+
+
+@njit(nogil=True, cache=True)
+def _spread(wide, n, panels):
+    """Pack n rows (., E) float32 for `_count_all`: panels (P' / WIDTH, E, WIDTH), zeros where the rows end."""
     panels[:] = 0
     for p in range(n):
-        _convert(x[p], wide[0])
-        for e in range(x.shape[1]):
-            panels[p // WIDTH, e, p % WIDTH] = wide[0, e]
-    for s in range(m):
-        _convert(y[s], wide[s])
+        for e in range(wide.shape[1]):
+            panels[p // WIDTH, e, p % WIDTH] = wide[p, e]
+
+
+@njit(nogil=True, cache=True)
+def _count_all(panels, n, y, m, threshold, sums, counts):
+    """Count all hits of n packed patches in the m patches of y (., E) float32."""
     full = m - m % ROWS
-    for b in range(-(-n // WIDTH)):
+    for b in range(padded(n, WIDTH) // WIDTH):
         for s in range(0, full, ROWS):
-            tiles.tile_full(panels, b, wide, s, threshold, sums, counts)
+            tiles.tile_full(panels, b, y, s, threshold, sums, counts)
         for s in range(full, m):
-            tiles.tile_single(panels, b, wide, s, threshold, sums, counts)
+            tiles.tile_single(panels, b, y, s, threshold, sums, counts)
 
 
 def stack(patches, masks):
@@ -269,13 +278,18 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
     marks = np.empty((wide // LANES, rows), np.uint8)
     p, s = np.empty(P0 * P1 + 4, np.uint32), np.empty(P0 * P1 + 4, np.uint32)
     out = np.empty(P0 * P1 + 4, np.float32)
-    scratch = np.empty((wide // WIDTH, E, WIDTH), np.float32)
+    screens &= tiles.SCREENS
+    spread = np.empty((1 if screens else x.shape[0], wide // WIDTH, E, WIDTH), np.float32)
+    if not screens:
+        for k in range(x.shape[0]):
+            _widen(x[k], sizes[k], wide_x)
+            _spread(wide_x, sizes[k], spread[k])
     back = np.empty((padded(P1, WIDTH) // WIDTH, E, WIDTH), np.float32)
     back_sums, back_counts = np.empty(back.shape[0] * WIDTH, np.float32), np.empty(back.shape[0] * WIDTH, np.int32)
-    at, other_at, size = 0, 0, 0
+    at, other_at, size, is_wide = 0, 0, 0, False
     for i in range(m):
         if i == 0 or place[i] != place[i - 1]:
-            size = gather(patches[place[i]], masks[place[i]], y)
+            size, is_wide = gather(patches[place[i]], masks[place[i]], y), False
             if screens:
                 for j in range(size):
                     steps[j], lengths[j], rests[j] = _quantise(y[j], levels[j])
@@ -285,14 +299,23 @@ def count_hits(queries, patches, masks, place, query, mutual, threshold, screens
         found = -1
         if screens:
             packed = panels[k], offset[k], scale[k], error[k], norms[k]
-            found = _screen(packed, size, levels, steps, lengths, rests, threshold, slope, bound, marks, p, s)
+            found = _screen(packed, n, size, levels, steps, lengths, rests, threshold, slope, bound, marks, p, s)
         if 0 <= found <= DENSE * n * size:
             settle(x[k], y, p, s, found, threshold, out, sums, counts, other_sums, other_counts)
         else:
-            _count_all(x[k], n, y, size, threshold, scratch, wide_y, sums, counts)
+            if not is_wide:
+                _widen(y, size, wide_y)
+                is_wide = True
+            panel = spread[0 if screens else k]
+            if screens or mutual[i]:
+                _widen(x[k], n, wide_x)
+            if screens:
+                _spread(wide_x, n, panel)
+            _count_all(panel, n, wide_y, size, threshold, sums, counts)
             if mutual[i]:
                 back_sums[:], back_counts[:] = 0, 0
-                _count_all(y, size, x[k], n, threshold, back, wide_x, back_sums, back_counts)
+                _spread(wide_y, size, back)
+                _count_all(back, size, wide_x, n, threshold, back_sums, back_counts)
                 other_sums[:], other_counts[:] = back_sums[:P1], back_counts[:P1]
         for j in range(n):
             if counts[j]:
