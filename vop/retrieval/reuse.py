@@ -121,7 +121,7 @@ class Reuse:
         self.query_ids, self.database_ids, self.own = query_ids, database_ids, own
         self.query_batch, self.earlier, self.full, self.budget = query_batch, earlier, full, budget
         self.held, self.counted, self.reused = 0, 0, 0
-        self._row = {image_id: row for row, image_id in enumerate(database_ids.tolist())}
+        self._by_id = np.argsort(database_ids)
         turn = np.full(-(-len(query_ids) // query_batch) + 1, -1)
         turn[list(numbers)] = np.arange(len(numbers))
         self._position = np.full(len(database_ids), -1)  # of each database row among the queries
@@ -145,9 +145,9 @@ class Reuse:
         if self.earlier is None:
             return None
         ids = self.query_ids[self._queries(number)]
-        kept, position = self.earlier.of(ids), {image_id: q for q, image_id in enumerate(ids.tolist())}
-        queries = np.array([position[i] for i in kept["query"].to_pylist()], np.int64)
-        rows = np.array([self._row.get(i, -1) for i in kept["database"].to_pylist()], np.int64)
+        kept = self.earlier.of(ids)
+        queries = _places(ids, np.argsort(ids), kept["query"].to_numpy())
+        rows = _places(self.database_ids, self._by_id, kept["database"].to_numpy())
         settled = self.earlier.searched(ids)
         if not self.full:
             settled[queries[rows < 0]] = False  # a candidate is gone: another one may take its place
@@ -223,6 +223,12 @@ class Reuse:
             part = PairVotes(part.queries - start, part.rows, part.starts, *part.entries)
             known.append(_among(part, self._keys(part.queries, part.rows), listed))
         return known
+
+
+def _places(ids: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where in `ids` (whose argsort is `order`) each wanted one stands, -1 where it is not there."""
+    places = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
+    return np.where(ids[places] == wanted, places, -1)
 
 
 def _among(votes: PairVotes, keys: np.ndarray, listed: np.ndarray) -> PairVotes:
