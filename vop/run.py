@@ -107,7 +107,7 @@ class Run:
         if "components" in counts:
             share = counts["largest_component"] / counts["queries"]
             lines.append(
-                f"  scenes       {counts['components']} components, the largest with {share:.1%} of the images; "
+                f"  scenes       {counts['components']} (connected components), the largest with {share:.1%} of the images; "
                 f"{counts['singletons']} images alone"
             )
         if "positions" in counts:
@@ -118,10 +118,10 @@ class Run:
         counts = self.counts
         seconds = ", ".join(f"{name} {value:.2g}" for name, value in counts["seconds_per_batch"].items())
         busy = counts["shard_seconds"]
+        shards = f"{len(busy)} shards busy {min(busy):.3g} to" if len(busy) > 1 else "one shard busy"
         return (
             f"  search       {counts['pairs_scored']} pairs of images scored, {counts['pairs_known']} known from their "
-            f"other side or an earlier run; seconds a batch: {seconds}; {len(busy)} shards busy {min(busy):.3g} to "
-            f"{max(busy):.3g} s"
+            f"other side or an earlier run; seconds a batch: {seconds}; {shards} {max(busy):.3g} s"
         )
 
     def _judgement(self) -> list[str]:
