@@ -107,8 +107,8 @@ class Run:
         if "components" in counts:
             share = counts["largest_component"] / counts["queries"]
             lines.append(
-                f"  scenes       {counts['components']} (connected components), the largest with {share:.1%} of the images; "
-                f"{counts['singletons']} images alone"
+                f"  scenes       {counts['components']} (connected components), the largest with {share:.1%} of the "
+                f"images; {counts['singletons']} images alone"
             )
         if "positions" in counts:
             lines.append(f"  positions    known of {counts['positions']} images")
