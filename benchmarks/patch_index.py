@@ -31,7 +31,7 @@ import numpy as np  # noqa: E402
 import vop  # noqa: E402
 from vop.catalog import evenly_spread  # noqa: E402
 from vop.datasets.synthetic import World  # noqa: E402
-from vop.retrieval import voting  # noqa: E402
+from vop.retrieval import pair_votes, voting  # noqa: E402
 from vop.retrieval.index import ShardIndex, Wanted  # noqa: E402
 from vop.retrieval.patches import FEWEST, PatchIndex  # noqa: E402
 from vop.retrieval.search import masks  # noqa: E402
@@ -78,7 +78,7 @@ def timed(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def best(votes: voting.PairVotes, sizes: np.ndarray, candidates: int, k: int) -> list[np.ndarray]:
+def best(votes: pair_votes.PairVotes, sizes: np.ndarray, candidates: int, k: int) -> list[np.ndarray]:
     """The k best images of every query, best first; sizes: patches that take part."""
     ranked = []
     for q, size in enumerate(sizes):

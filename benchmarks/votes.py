@@ -40,7 +40,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 
-from vop.retrieval import kernel, tiles, voting  # noqa: E402
+from vop.retrieval import kernel, pair_votes, tiles  # noqa: E402
 from vop.retrieval.index import ShardIndex, Wanted  # noqa: E402
 
 SHORTLISTS = (20, 100)
@@ -77,18 +77,18 @@ def collection(images: int, P: int, E: int, words: int) -> np.ndarray:
     return (patches / np.linalg.norm(patches, axis=-1, keepdims=True)).astype(np.float16)
 
 
-def naive(x: np.ndarray, y: np.ndarray, radius: float) -> voting.Votes:
+def naive(x: np.ndarray, y: np.ndarray, radius: float) -> pair_votes.Votes:
     """Votes of x (P, E) for y (K, P, E), both float32, by a FAISS index made for this query."""
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(y.reshape(-1, x.shape[1]))
-    limits, similarities, found = index.range_search(x, float(voting.threshold(radius)))
+    limits, similarities, found = index.range_search(x, float(pair_votes.threshold(radius)))
     cell = np.repeat(np.arange(len(x)), np.diff(limits.astype(np.int64))) + found // y.shape[1] * len(x)
     shape = len(y), len(x)
     sums = np.bincount(cell, similarities, shape[0] * shape[1]).reshape(shape)
-    return voting.Votes(np.arange(len(y)), sums, np.bincount(cell, minlength=sums.size).reshape(shape), len(y))
+    return pair_votes.Votes(np.arange(len(y)), sums, np.bincount(cell, minlength=sums.size).reshape(shape), len(y))
 
 
-def check(votes: voting.Votes, rows: np.ndarray, expected: voting.Votes) -> None:
+def check(votes: pair_votes.Votes, rows: np.ndarray, expected: pair_votes.Votes) -> None:
     """Both ways must find the same, or the comparison says nothing; but a BLAS rounds otherwise at the threshold."""
     counts, sums = (np.zeros(expected.counts.shape) for _ in range(2))
     place = np.searchsorted(rows, votes.rows)
@@ -108,7 +108,7 @@ def marked_share(x: np.ndarray, y: np.ndarray, radius: float) -> float:
         sides.append((scale[:, None] * (levels - np.float32(tiles.LEVEL)), norm, rest))
     (a, norm, rest), (b, other_norm, other_rest) = sides
     bound = (norm + rest).max() * other_rest + np.outer(rest, other_norm)
-    return float(np.mean(a @ b.T + bound > voting.threshold(radius)))
+    return float(np.mean(a @ b.T + bound > pair_votes.threshold(radius)))
 
 
 def timed_in_turns(ways: dict[Hashable, Callable], rounds: int) -> dict[Hashable, list[float]]:
@@ -217,7 +217,7 @@ def main() -> None:
         found = votes(k)
         check(found.of(0, used, k), listed[k][0], naive(single[N], single[listed[k][0]], radius))
         hits = found.counts.sum() / (Q * k * used**2)
-    both = voting.merge(register())
+    both = pair_votes.merge(register())
     for q in range(REGISTER_QUERIES):
         check(both.of(q, used, REGISTER - 1), np.delete(np.arange(REGISTER), q), naive_register(q))
     marked = np.mean([marked_share(single[N], single[row], radius) for row in listed[100][0][:10]])

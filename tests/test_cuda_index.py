@@ -5,7 +5,7 @@ import pytest
 
 from vop.retrieval.cuda_index import CudaIndex
 from vop.retrieval.index import ShardIndex, Wanted
-from vop.retrieval.voting import merge
+from vop.retrieval.pair_votes import merge
 
 N, Q, P, E, G = 15, 5, 20, 16, 8
 

@@ -169,11 +169,11 @@ def test_a_hit_must_exceed_the_threshold(backend):
 def test_votes_agree_with_the_cpu_path(backend, dtype):
     """Counts are equal and sums within the tolerance, but for patches with a similarity that near the threshold."""
     pytest.importorskip("numba")
-    from vop.retrieval import voting
+    from vop.retrieval import pair_votes, voting
 
     queries, database = collection(0, 4, 60, 64, dtype), collection(1, 12, 60, 64, dtype)
     found, _ = shard_of(database, backend).votes(queries, None, every(4, 12), 0.4)
-    merged = voting.merge([voting.PairVotes(**vars(found))])
+    merged = pair_votes.merge([found])
     for q in range(4):
         mine, cpu = merged.of(q, 60, 12), voting.votes(queries[q], list(database), 0.4)
         assert mine.rows.tolist() == cpu.rows.tolist()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vop.quantised import stored
-from vop.retrieval import index, shortlist, voting
+from vop.retrieval import index, pair_votes, shortlist, voting
 from vop.retrieval.index import ShardIndex, Wanted, memory_bytes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "golden_voting.npz"
@@ -77,7 +77,7 @@ def search(collection, parts, queries, k=K, scenes=False, full=False, exclude=Tr
     found = shortlist.merge([shard.shortlist(collection.globals[queries], k, own, codes) for shard in shards], k)
     masks = None if collection.masks is None else collection.masks[queries]
     wanted = all_pairs(collection, queries, scenes=scenes) if full else listed_pairs(found)
-    merged = voting.merge([shard.votes(collection.patches[queries], masks, wanted, radius)[0] for shard in shards])
+    merged = pair_votes.merge([shard.votes(collection.patches[queries], masks, wanted, radius)[0] for shard in shards])
     result = {}
     for q, query in enumerate(queries):
         size = P if masks is None else masks[q].sum()
@@ -152,7 +152,7 @@ def test_golden_through_shards():
     shards = [ShardIndex(database[part], database[part, 0], part) for part in np.array_split(np.arange(40), 3)]
     for rows, suffix in ((golden["shortlist"], ""), (np.tile(np.arange(40), (12, 1)), "_full_db")):
         wanted = Wanted(np.repeat(np.arange(12), rows.shape[1]), rows.ravel(), np.zeros(rows.size, bool))
-        merged = voting.merge([shard.votes(queries, None, wanted, float(golden["radius"]))[0] for shard in shards])
+        merged = pair_votes.merge([shard.votes(queries, None, wanted, float(golden["radius"]))[0] for shard in shards])
         for weights, name in (("none", "unweighted"), ("tfidf", "weighted")):
             table = np.zeros((12, 40))
             for q in range(12):
@@ -244,7 +244,7 @@ def test_a_register_scores_a_pair_once():
     every = all_pairs(collection, images)
     upper = every.queries < every.rows
     half = Wanted(every.queries[upper], every.rows[upper], np.ones(upper.sum(), bool))
-    assert in_bytes(voting.merge(shard.votes(*arguments, half, 0.4))) == in_bytes(
+    assert in_bytes(pair_votes.merge(shard.votes(*arguments, half, 0.4))) == in_bytes(
         shard.votes(*arguments, every, 0.4)[0]
     )
 
@@ -359,7 +359,7 @@ def test_rows_of_other_shards_are_ignored():
     for rows in ([0, 16, 17], []):
         nothing = Wanted(np.zeros(len(rows), np.int64), np.array(rows, np.int64), np.ones(len(rows), bool))
         for votes in collection.shard(np.arange(4, 9)).votes(collection.patches[N:], None, nothing, 1.5):
-            assert in_bytes(votes) == in_bytes(voting.NO_VOTES)
+            assert in_bytes(votes) == in_bytes(pair_votes.NO_VOTES)
 
 
 def test_shortlist_with_many_equal_scores_is_decided_by_row():

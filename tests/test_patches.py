@@ -8,8 +8,8 @@ import oracle
 import pytest
 
 from vop.quantised import stored, widen
+from vop.retrieval import pair_votes
 from vop.retrieval import patches as module
-from vop.retrieval import voting
 from vop.retrieval.index import ShardIndex, Wanted
 from vop.retrieval.patches import PatchIndex, memory_bytes
 
@@ -105,7 +105,7 @@ def test_shards_of_a_flat_index_merge_to_the_same_bits(shards):
     wanted = pairs(queries)
     parts = np.array_split(np.random.default_rng(2).permutation(N), shards)
     answers = zip(*(ask(indexed(c, part), c, queries, wanted) for part in parts), strict=True)
-    assert in_bytes(map(voting.merge, answers)) == in_bytes(ask(exact(c, np.arange(N)), c, queries, wanted))
+    assert in_bytes(map(pair_votes.merge, answers)) == in_bytes(ask(exact(c, np.arange(N)), c, queries, wanted))
 
 
 def test_agrees_with_the_oracle():

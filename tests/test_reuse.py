@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vop import files
 from vop.config import RetrievalConfig
 from vop.parts import Parts
-from vop.retrieval import shortlist, voting
+from vop.retrieval import pair_votes, shortlist, voting
 from vop.retrieval.reuse import KEPT_IN, RECORD
 from vop.retrieval.search import Search
 from vop.store import EmbeddingStore, tensor_column
@@ -99,7 +99,7 @@ def run(search, output, shards=1, ahead=2, stop_after=None):
         answers = [index.votes(batch.patches, batch.masks, wanted, radius) for index in indexes]
         reuse.add(batch.number, [back for _, back in answers])
         known = reuse.complete(batch.number, *pairs)
-        votes = voting.merge([*(found for found, _ in answers), *known])
+        votes = pair_votes.merge([*(found for found, _ in answers), *known])
         kept.write(batch.number, search.kept(batch, listed, votes))
         parts.write(batch.number, search.rank(batch, listed, pairs[0], votes))
         done += 1

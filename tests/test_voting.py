@@ -13,7 +13,7 @@ from numba.core.errors import TypingError
 
 from vop.quantised import stored
 from vop.retrieval import kernel, tiles, voting
-from vop.retrieval.voting import PairVotes
+from vop.retrieval.pair_votes import NO_VOTES, PairVotes, Votes, merge, threshold
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "golden_voting.npz"
 needs_screens = pytest.mark.skipif(not tiles.SCREENS, reason="the integer pass needs AVX2")
@@ -433,7 +433,7 @@ def test_merged_parts_have_the_bits_of_the_whole(cuts, seed, P):
     assert whole.rows.tolist() == list(range(12))
     assert whole.candidates == 12
     parts = [sparse(7, voting.votes(query, images[part], 0.4, part)) for part in np.split(rows, sorted(cuts))]
-    merged = voting.merge(parts[::-1]).of(7, len(query), 12)
+    merged = merge(parts[::-1]).of(7, len(query), 12)
     hit = np.isin(whole.rows, merged.rows)
     assert not whole.counts[~hit].any()
     for weights in ("none", "idf", "tfidf"):
@@ -477,11 +477,11 @@ def test_votes_are_taken_split_merged_and_read_by_pair(votes, data):
     assert len(taken) == len(part)
     assert list(as_dict(taken).items()) == [list(expected.items())[i] for i in part]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(votes)), max_size=3)))
-    merged = voting.merge([voting.NO_VOTES, *(votes.take(some) for some in np.split(order, cuts))])
+    merged = merge([NO_VOTES, *(votes.take(some) for some in np.split(order, cuts))])
     assert list(as_dict(merged).items()) == sorted(expected.items())
-    whole = voting.merge([votes])
+    whole = merge([votes])
     for name, array in vars(merged).items():
-        assert array.dtype == getattr(voting.NO_VOTES, name).dtype
+        assert array.dtype == getattr(NO_VOTES, name).dtype
         assert array.tobytes() == getattr(whole, name).tobytes()
     assert merged.nbytes == sum(array.nbytes for array in vars(merged).values())
     for query in range(5):
@@ -498,9 +498,9 @@ def test_a_pair_that_comes_twice_is_refused():
     votes = sparse(4, voting.votes(images[0], images[1:], 0.6, np.array([5, 8])))
     assert len(votes) == 2
     with pytest.raises(ValueError, match="query 4 for row 8 came twice"):
-        voting.merge([votes, votes.take(np.array([1]))])
+        merge([votes, votes.take(np.array([1]))])
     other = PairVotes(votes.queries + 1, *list(vars(votes).values())[1:])
-    assert len(voting.merge([votes, other])) == 4
+    assert len(merge([votes, other])) == 4
 
 
 def test_a_query_without_hits_has_no_result():
@@ -525,7 +525,7 @@ def test_a_patch_that_every_candidate_has_weighs_nothing():
 def test_candidates_without_hits_count_even_when_left_out():
     images = clustered(4, 5, 12, 16)
     full = voting.votes(images[0], [*images[1:], np.zeros((2, 16), np.float32)], 0.4)
-    short = voting.Votes(full.rows[:4], full.sums[:4], full.counts[:4], full.candidates)
+    short = Votes(full.rows[:4], full.sums[:4], full.counts[:4], full.candidates)
     assert voting.scores(short, "tfidf").tolist() == voting.scores(full, "tfidf")[:4].tolist()
 
 
@@ -577,7 +577,7 @@ def test_the_kernel_refuses_arrays_it_would_misread():
 @pytest.mark.parametrize("radius", [0, -0.1, 2.5, float("nan")])
 def test_a_radius_out_of_range_is_refused(radius):
     with pytest.raises(ValueError, match="cosine distance"):
-        voting.threshold(radius)
+        threshold(radius)
 
 
 @pytest.mark.parametrize(("E", "other"), [(8, 6), (8, 24)])

@@ -122,7 +122,7 @@ class RetrievalConfig:
     """Local directory for memory-mapped copies of the descriptors, on every node: the database need not fit in memory,
     and a restarted actor is back at once. The copies stay. null: descriptors lie in memory."""
     keep_votes: bool = True
-    """Keep the votes of all candidates in the run directory (about 0.2 KB a pair), so that images added later, another
+    """Keep the votes of all candidates in the run directory (about 0.3 KB a pair), so that images added later, another
     `k` or other `weights` cost only what is new."""
     reuse_gb: float = 1.0
     """Memory for votes that serve both images of a pair, GB; beyond it pairs are scored from both sides. 0: off."""

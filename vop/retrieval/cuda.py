@@ -18,35 +18,18 @@ and a sum over h hits differs by at most h * (tolerance(E) + h * 2**-23).
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vop.retrieval.cuda_shortlist import GlobalSearch, ieee_products
+from vop.retrieval.pair_votes import PairVotes, merge, threshold
 
 KERNEL = "triton"  # on a CUDA device, where the caller names none
 WORKSPACE = 2**30  # bytes on the device for what one launch reads and writes besides the shard
 UPLOAD = 2**26  # bytes of the shard sent at a time
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PairVotes:
-    """Votes of n pairs of images: the fields of `voting.PairVotes` (which needs Numba), so that
-    ``voting.PairVotes(**vars(found))`` merges. Pairs without a hit are left out.
-
-    queries (n,) int64; rows (n,) int64; starts (n + 1,) int64; patches uint16, counts uint16, sums float32: pair i has
-    the entries starts[i] .. starts[i + 1] of the last three.
-    """
-
-    queries: np.ndarray
-    rows: np.ndarray
-    starts: np.ndarray
-    patches: np.ndarray
-    counts: np.ndarray
-    sums: np.ndarray
 
 
 def tolerance(E: int) -> float:
@@ -153,10 +136,10 @@ class CudaShard:
 
         Returns the votes of the queries for the rows, and where `mutual` those of the rows for the queries, from the
         same similarities; the latter's queries are database rows and its rows positions in the batch. Entries count
-        patches among those that take part. The pairs come in no promised order: `voting.merge` sorts them, and refuses
-        a pair that comes twice. ValueError if E or the type differs, or a radius is out of range.
+        patches among those that take part. ValueError if E or the type differs, a radius is out of range, or a pair
+        comes twice.
         """
-        bound = _threshold(radius)
+        bound = float(threshold(radius))
         x, x_sizes = _packed(patches, masks, self.device)
         if x.shape[2] != self._patches.shape[2] or x.dtype != self._patches.dtype:
             raise ValueError(
@@ -173,7 +156,7 @@ class CudaShard:
             found.append(_with_hits(query, rows, *votes[:2]))
             if both:
                 back.append(_with_hits(rows, query, *votes[2:]))
-        return _joined(found), _joined(back)
+        return merge(found), merge(back)
 
     def _pairs(self, wanted, P: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
         """The wanted pairs that lie here, in parts that keep within the workspace: whether they are mutual, query and
@@ -256,19 +239,6 @@ def _with_hits(queries, rows, sums, counts) -> PairVotes:
     return PairVotes(*columns[:3], columns[3].view(np.uint16), columns[4].view(np.uint16), columns[5])
 
 
-def _joined(parts: list[PairVotes]) -> PairVotes:
-    starts, end = [np.zeros(1, np.int64)], 0
-    for part in parts:
-        starts.append(part.starts[1:] + end)
-        end += part.starts[-1]
-    names = {"queries": np.int64, "rows": np.int64, "patches": np.uint16, "counts": np.uint16, "sums": np.float32}
-    columns = {
-        name: np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)])
-        for name, dtype in names.items()
-    }
-    return PairVotes(starts=np.concatenate(starts), **columns)
-
-
 def _packed(patches, masks: np.ndarray | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches (n, P, E) on the device, those where `masks` (n, P) is True first and zeros behind; their number (n,)."""
     if masks is not None and np.shape(masks) != tuple(patches.shape[:2]):
@@ -299,13 +269,6 @@ def _kernel(name: str, device: torch.device) -> Callable:
 
 def _type_name(patches) -> str:
     return str(patches.dtype).removeprefix("torch.")
-
-
-def _threshold(radius: float) -> float:
-    """As `voting.threshold`, which needs Numba: 1 - r as a float32 number."""
-    if not 0 < radius <= 2:
-        raise ValueError(f"radius {radius} is not in (0, 2]: it is a cosine distance; usual values are 0.1 to 0.4")
-    return float(np.float32(1.0 - float(radius)))
 
 
 def _check_arrays(patches, globals, rows, masks, scenes, fresh) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 
 from vop.retrieval.cuda import CudaShard
 from vop.retrieval.index import Wanted
+from vop.retrieval.pair_votes import PairVotes
 from vop.retrieval.shortlist import Shortlist
-from vop.retrieval.voting import PairVotes
 
 
 class CudaIndex:
@@ -25,5 +25,4 @@ class CudaIndex:
         self, patches: np.ndarray, masks: np.ndarray | None, wanted: Wanted, radius: float
     ) -> tuple[PairVotes, PairVotes]:
         """As `ShardIndex.votes`."""
-        found, back = self._shard.votes(patches, masks, wanted, radius)
-        return PairVotes(**vars(found)), PairVotes(**vars(back))
+        return self._shard.votes(patches, masks, wanted, radius)

@@ -1,8 +1,8 @@
 """One search shard: the descriptors of some database rows, and both searches over them.
 
 A `ShardIndex` is built from plain arrays and answers with plain arrays, so that it runs in a test, a loop, or an actor.
-What it returns merges: `shortlist.merge` for shortlists, `voting.merge` for votes. The answer does not depend on which
-rows lie in which shard.
+What it returns merges: `shortlist.merge` for shortlists, `pair_votes.merge` for votes. The answer does not depend on
+which rows lie in which shard.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import numpy as np
 
 from vop.quantised import float_type
 from vop.retrieval import kernel
+from vop.retrieval.pair_votes import PairVotes, merge, threshold
 from vop.retrieval.shortlist import NOBODY, GlobalIndex, Shortlist
 from vop.retrieval.shortlist import merge as merge_shortlists
-from vop.retrieval.voting import PairVotes, merge, threshold
 
 PAIRS_AT_ONCE = 4096  # bounds the scratch memory of a call
 

@@ -20,7 +20,7 @@ from numba import njit
 from vop.quantised import widen
 from vop.retrieval import kernel
 from vop.retrieval.index import Wanted
-from vop.retrieval.voting import NO_VOTES, PairVotes, merge, threshold
+from vop.retrieval.pair_votes import NO_VOTES, PairVotes, merge, threshold
 
 IMAGES_AT_ONCE = 64  # converted to float32 at a time while the index is built
 FEWEST, USUAL = 39, 64  # patches to train a centroid: fewer FAISS warns of; a sample has so many, and at least

@@ -8,6 +8,7 @@ counted. What is known only decides which pairs the shards are asked for. Where 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,8 @@ import pyarrow.compute as pc
 from vop import files
 from vop.parts import Parts
 from vop.retrieval.index import Wanted
+from vop.retrieval.pair_votes import PairVotes, merge
 from vop.retrieval.shortlist import Shortlist
-from vop.retrieval.voting import PairVotes, merge
 
 # The votes of a batch of queries as they are kept. A search by shortlist keeps every candidate, with empty lists where
 # no patch voted; a full search keeps the pairs with votes.
@@ -135,7 +136,7 @@ class Reuse:
     def _queries(self, number: int) -> slice:
         return slice(number * self.query_batch, (number + 1) * self.query_batch)
 
-    @property
+    @cached_property
     def fresh(self) -> np.ndarray | None:
         """(N,) bool: the database rows that the earlier search had not; None without one."""
         return None if self.earlier is None else ~np.isin(self.database_ids, self.earlier.database)

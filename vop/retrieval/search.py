@@ -16,12 +16,12 @@ from vop.config import ILLUSTRATED, RetrievalConfig
 from vop.image import patch_mask
 from vop.parts import fingerprint
 from vop.quantised import widen
-from vop.retrieval import patches, voting
+from vop.retrieval import pair_votes, patches, voting
 from vop.retrieval.index import ShardIndex, memory_bytes
+from vop.retrieval.pair_votes import PairVotes
 from vop.retrieval.patches import PatchIndex
 from vop.retrieval.reuse import Earlier, Reuse, kept_table
 from vop.retrieval.shortlist import Shortlist
-from vop.retrieval.voting import PairVotes
 from vop.store import Selection
 
 # Pairs as they are ranked; the first pair of an illustrated query also carries the weights of its patches.
@@ -259,7 +259,7 @@ class Search:
         return kept_table(queries[self._positions(batch.number)], database, shortlist, votes)
 
 
-def _patch_weights(votes: voting.Votes, batch: QueryBatch, q: int, kind: str) -> np.ndarray:
+def _patch_weights(votes: pair_votes.Votes, batch: QueryBatch, q: int, kind: str) -> np.ndarray:
     """Weights (P,) float32 of all patches of a query; padding that took no part weighs nothing."""
     weights = np.zeros(batch.patches.shape[1], np.float32)
     took_part = slice(None) if batch.masks is None else batch.masks[q]

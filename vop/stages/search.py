@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from vop.config import RetrievalConfig
-from vop.retrieval import shortlist, voting
+from vop.retrieval import pair_votes, shortlist
 from vop.retrieval.index import ShardIndex, Wanted
 from vop.retrieval.reuse import Reuse
 from vop.retrieval.search import QueryBatch, Search
@@ -114,7 +114,7 @@ class Shards:
         for batch, listed, pairs, answers in voted:
             found, back = zip(*self._wait(answers), strict=True)
             self.reuse.add(batch.number, back)
-            votes = voting.merge([*found, *self.reuse.complete(batch.number, *pairs)])
+            votes = pair_votes.merge([*found, *self.reuse.complete(batch.number, *pairs)])
             ranked = self.search.rank(batch, listed, pairs[0], votes)
             yield Answered(batch.number, ranked, self.search.kept(batch, listed, votes))
             last, now = time.perf_counter(), last
