@@ -137,8 +137,8 @@ class Held:
 
 def actor_votes(stack: ExitStack, radius: float, arrays: tuple, queries: np.ndarray, masks) -> Callable:
     """Start Ray and one search actor; returns what asks it for votes, waits, and gives the seconds it took there."""
-    from vop.config import ClusterConfig
     from vop.retrieval.search import QueryBatch
+    from vop.schema import ClusterConfig
     from vop.stages import cluster, search
 
     stack.enter_context(cluster.connect(ClusterConfig()))

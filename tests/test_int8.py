@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import vop
-from vop.config import RetrievalConfig
 from vop.datasets.synthetic import World, write_store
 from vop.evaluation import ranked_names
 from vop.image import patch_mask
@@ -19,6 +18,7 @@ from vop.quantised import LEVEL, float_type, quantise, stored, widen
 from vop.retrieval import kernel, voting
 from vop.retrieval.index import ShardIndex, Wanted, memory_bytes
 from vop.retrieval.search import choose_radius
+from vop.schema import RetrievalConfig
 from vop.store import EmbeddingStore, StoreError
 
 ANY_INT8 = arrays.arrays(np.int8, st.tuples(st.integers(1, 5), st.integers(1, 40)))

@@ -7,10 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "files"},
-    {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"},
-    {"models", "retrieval", "datasets", "viz", "embedding", "evaluation"},
+    {"schema", "config", "files"},
+    {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
+    | {"cameras", "shards", "features", "matches"},
+    {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
+    | {"pose", "pose_estimation"},
     {"stages"},
+    {"steps"},
     {"pipeline"},
     {"vop", "cli", "ray_jobs"},  # "vop" is the package itself: the Python entry
 )

@@ -14,7 +14,7 @@ import pytest
 from bad_images import write_zoo
 
 import vop
-from vop import config, pairs, pipeline
+from vop import config, pairs, pipeline, schema
 from vop.catalog import TooManyBadImagesError
 from vop.config import ConfigError
 from vop.datasets.posed import OverlapTruth, PosedFolder, read_overlap, write_overlap
@@ -68,7 +68,7 @@ class BruteForce:
         self.patches = [x[mask].astype(np.float64) for x, mask in zip(patches, self.masks, strict=True)]
         self.starts = np.cumsum([0, *(len(x) for x in self.patches)])
         self.similarity = np.concatenate(self.patches) @ np.concatenate(self.patches).T
-        self.radius = self._clear_radius(config.RetrievalConfig().radius)
+        self.radius = self._clear_radius(schema.RetrievalConfig().radius)
 
     def _clear_radius(self, near):
         """A radius about `near` with no similarity so close to 1 - radius that rounding could decide a hit."""
@@ -430,7 +430,7 @@ def test_a_second_run_computes_nothing(registered, tmp_path):
     job = pipeline.register(asked)
     assert job.counts["embedded_now"] == job.counts["added"] == job.counts["changed"] == 0
     assert job.counts["searched_now"] == 0
-    shown = dataclasses.replace(asked, report=config.ReportConfig(queries=1))
+    shown = dataclasses.replace(asked, report=schema.ReportConfig(queries=1))
     assert pipeline.register(shown).counts["searched_now"] == 0  # what the report shows is no matter of the search
     assert bytes_of(store) == before
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vop import files
-from vop.config import RetrievalConfig
 from vop.parts import Parts
 from vop.retrieval import pair_votes, shortlist, voting
 from vop.retrieval.reuse import KEPT_IN, RECORD
 from vop.retrieval.search import Search
+from vop.schema import RetrievalConfig
 from vop.store import EmbeddingStore, tensor_column
 
 N, P, E, G = 30, 12, 16, 8

@@ -288,7 +288,7 @@ def test_no_store_a_broken_one_and_one_of_another_format(tmp_path):
     with pytest.raises(StoreError, match="is not JSON"):
         EmbeddingStore.open(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": "vop-store-9"}')
-    with pytest.raises(StoreError, match="'vop-store-9'; this version of vop reads vop-store-1"):
+    with pytest.raises(StoreError, match="'vop-store-9'; expected vop-store-1"):
         EmbeddingStore.open(str(tmp_path))
 
 

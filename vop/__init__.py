@@ -33,6 +33,8 @@ def _command(name: str):
 embed = _command("embed")
 register = _command("register")
 retrieve = _command("retrieve")
+match = _command("match")
+relative_pose = _command("relative_pose")
 report = _command("report")
 demo = _command("demo")
 export_h5 = _command("export_h5")

@@ -95,6 +95,20 @@ def plan(
     return Plan(images.combine_chunks(), len(new) - changed, changed, [] if prune else vanished)
 
 
+def reopened(images: pa.Table, receipts: Mapping[int, dict] | set[int]) -> pa.Table:
+    """Plan the live images of a shard again whose receipt is gone: someone deleted it, because the shard is damaged."""
+    live = pc.is_in(images["status"], pa.array([OK, QUARANTINED]))
+    lost = pc.and_(live, pc.invert(pc.is_in(images["shard"], pa.array([*receipts], pa.int64()))))
+    if not pc.any(lost).as_py():
+        return images
+    cleared = {"status": PLANNED} | dict.fromkeys(("row", "error"))
+    for name, value in cleared.items():
+        kind = SCHEMA.field(name).type
+        column = pc.if_else(lost, pa.scalar(value, kind), images[name])
+        images = images.set_column(images.schema.get_field_index(name), name, column)
+    return images
+
+
 def pending(images: pa.Table, receipts: Mapping[int, dict] | set[int]) -> dict[int, pa.Table]:
     """Planned images by shard, for the shards without a receipt."""
     planned = images.filter(pc.equal(images["status"], PLANNED))

@@ -10,6 +10,8 @@ COMMANDS = {
     "embed": "bring a store of descriptors up to date with a collection",
     "register": "pair every image of a collection with those that see the same thing",
     "retrieve": "rank the database images of every query",
+    "match": "match the local features of listed pairs, or of those that it registers first",
+    "relative-pose": "judge pairs by the relative poses that their matches give",
     "report": "write report.html of a finished run again",
     "demo": "render rooms with known overlaps, register them, print precision and recall",
     "export-h5": "write a store in the layout of the original's overlap_feats.h5",

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from vop import files
 from vop.image import ImageError, decode, letterbox
-from vop.store import EmbeddingStore, tensor_column
+from vop.shards import ImageStore
+from vop.store import tensor_column
 
 
 def content_hash(data: bytes) -> str:
@@ -28,6 +29,19 @@ def hash_file(path: str) -> str | None:
         return None
 
 
+def read_image(path: str, max_pixels: int) -> tuple[np.ndarray | None, str | None, str | None]:
+    """An image's pixels (H, W, 3) uint8, the hash of its file and, where it cannot be used, the reason."""
+    content = None
+    try:
+        data = files.read_bytes(path)
+        content = content_hash(data)
+        return decode(data, max_pixels), content, None
+    except ImageError as error:
+        return None, content, str(error)
+    except OSError as error:
+        return None, content, f"cannot read the file: {error.strerror or error}"
+
+
 def decode_shard(planned: pa.Table, image_size: int, max_pixels: int) -> pa.Table:
     """Read, decode and letterbox the images of a shard.
 
@@ -39,16 +53,10 @@ def decode_shard(planned: pa.Table, image_size: int, max_pixels: int) -> pa.Tabl
     sizes = np.zeros((count, 4), np.int64)
     contents, errors = [None] * count, [None] * count
     for i, path in enumerate(planned["path"].to_pylist()):
-        try:
-            data = files.read_bytes(path)
-            contents[i] = content_hash(data)
-            rgb = decode(data, max_pixels)
+        rgb, contents[i], errors[i] = read_image(path, max_pixels)
+        if rgb is not None:
             pixels[i], scaled = letterbox(rgb, image_size)
             sizes[i] = rgb.shape[1], rgb.shape[0], *scaled
-        except ImageError as error:
-            errors[i] = str(error)
-        except OSError as error:
-            errors[i] = f"cannot read the file: {error.strerror or error}"
     decoded = {name: sizes[:, i] for i, name in enumerate(["width", "height", "scaled_width", "scaled_height"])}
     decoded |= {"content": pa.array(contents, pa.string()), "error": pa.array(errors, pa.string())}
     decoded["pixels"] = tensor_column(pixels)
@@ -58,9 +66,9 @@ def decode_shard(planned: pa.Table, image_size: int, max_pixels: int) -> pa.Tabl
 
 
 class ShardWriter:
-    """Writes described shards and their receipts into a store."""
+    """Writes described shards and their receipts into a store, of descriptors or of local features."""
 
-    def __init__(self, store: EmbeddingStore):
+    def __init__(self, store: ImageStore):
         self.store = store
 
     def __call__(self, described: pa.Table) -> pa.Table:

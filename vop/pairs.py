@@ -152,6 +152,56 @@ def iterate(path: str) -> Iterator[pa.Table]:
             yield file.read_row_group(group)
 
 
+def read_given(path: str) -> pa.Table:
+    """A pair list that someone gave: query, database, rank (int32, from 0 per query), each ordered pair once.
+
+    A Parquet file with query and database, and perhaps rank, or a text file with two names on a line, as hloc has it;
+    without ranks a query's pairs rank as they stand. Raises `PairsError` for anything else, `FileNotFoundError`.
+    """
+    try:
+        table = read_parquet(path) if path.endswith(".parquet") else _read_text(path)
+    except pa.ArrowInvalid as error:
+        raise PairsError(f"{path} is not Parquet: {error}") from error
+    missing = {"query", "database"} - {*table.column_names}
+    if missing:
+        raise PairsError(f"{path} lacks the columns {sorted(missing)}; it has {table.column_names}")
+    if not table.num_rows:
+        raise PairsError(f"{path} lists no pairs")
+    return ranked(table.select([name for name in ("query", "database", "rank") if name in table.column_names]))
+
+
+def ranked(table: pa.Table) -> pa.Table:
+    """Pairs (query, database and perhaps rank) by query and rank, each once; ranks count from 0 without gaps."""
+    if "rank" not in table.column_names:
+        table = table.append_column("rank", pa.array(np.arange(table.num_rows, dtype=np.int32)))
+    first = table.group_by(["query", "database"], use_threads=False).aggregate([("rank", "min")])
+    first = first.rename_columns(["query", "database", "rank"]).sort_by([("query", "ascending"), ("rank", "ascending")])
+    starts = np.flatnonzero(pc.not_equal(first["query"][1:], first["query"][:-1]).to_numpy()) + 1
+    starts = np.concatenate([[0], starts])
+    ranks = np.arange(first.num_rows) - np.repeat(starts, np.diff([*starts, first.num_rows]))
+    return first.set_column(2, "rank", pa.array(ranks.astype(np.int32)))
+
+
+def _read_text(path: str) -> pa.Table:
+    lines = [line.split() for line in files.read_bytes(path).decode().splitlines() if line.strip()]
+    wrong = next((line for line in lines if len(line) != 2), None)
+    if wrong:
+        raise PairsError(
+            f"{path}: expected two names on a line, found {' '.join(wrong)!r}; names with white space need a Parquet "
+            "file with the columns query and database"
+        )
+    query, database = zip(*lines, strict=True) if lines else ((), ())
+    return pa.table({"query": pa.array(query, pa.string()), "database": pa.array(database, pa.string())})
+
+
+def unordered(listed: pa.Table) -> pa.Table:
+    """The pairs of images in a list, each once under its sorted names: image0, image1, sorted."""
+    query, database = (listed[side].combine_chunks() for side in ("query", "database"))
+    names = {"image0": pc.min_element_wise(query, database), "image1": pc.max_element_wise(query, database)}
+    once = pa.table(names).group_by(["image0", "image1"], use_threads=False).aggregate([])
+    return once.sort_by([("image0", "ascending"), ("image1", "ascending")])
+
+
 def best_scores(table: pa.Table) -> dict[str, float]:
     """The score of the best pair of every query that has one."""
     first = table.filter(pc.equal(table["rank"], 0))

@@ -26,7 +26,7 @@ class Run:
     command: str
     counts: dict[str, object] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] | None = None
+    metrics: dict[str, object] = field(default_factory=dict)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     report: str | None = None
 
@@ -35,7 +35,7 @@ class Run:
         """The record of a finished run. Raises `FileNotFoundError` where there is none."""
         record = files.read_json(files.join(output, "run.json"))
         scored = files.join(output, "metrics.json")
-        metrics = files.read_json(scored) if files.exists(scored) else None
+        metrics = files.read_json(scored) if files.exists(scored) else {}
         return cls(output, record["command"], record["counts"], record["timings_s"], metrics)
 
     def path(self, name: str) -> str:
@@ -88,6 +88,8 @@ class Run:
                 f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)"
             )
         lines += self._judgement()
+        lines += self._matches()
+        lines += self._poses()
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
         lines.append(f"  seconds      {steps}")
         if self.command != "export-h5":
@@ -124,10 +126,39 @@ class Run:
             f"other side or an earlier run; seconds a batch: {seconds}; {shards} {max(busy):.3g} s"
         )
 
-    def _judgement(self) -> list[str]:
-        if self.metrics is None:
+    def _matches(self) -> list[str]:
+        counts = self.counts
+        if "pairs_matched" not in counts:
             return []
+        return [
+            f"  features     of {counts['images_with_features']} images ({counts['extracted_now']} by this run)",
+            f"  matches      of {counts['pairs_matched']} unordered pairs ({counts['matched_now']} by this run)",
+            *(
+                f"                 {number} pairs not matched: {why}"
+                for why, number in counts["pairs_unmatched"].items()
+            ),
+        ]
+
+    def _poses(self) -> list[str]:
+        counts, scores = self.counts, self.metrics
+        if "pairs_without_pose" not in counts:
+            return []
+        lines = [f"  no pose      {number} pairs: {why}" for why, number in counts["pairs_without_pose"].items()]
+        if scores.get("auc@5") is None:
+            return [*lines, "  relative poses were not judged: no true pose is known of the listed pairs"]
+        area = ", ".join(f"AUC@{degrees} {100 * scores[f'auc@{degrees}']:.1f}" for degrees in (5, 10, 20))
+        return [
+            *lines,
+            f"  relative poses of {scores['judged']} queries, {scores['failed']} without one, {scores['unrelated']} "
+            f"with one between scenes (protocol {scores['protocol']}, {scores['estimator']}, "
+            f"{scores['threshold_px']:g} px, the pair with most inliers of the first {scores['k']}):",
+            f"    {area} (percent)   all protocols in results.md",
+        ]
+
+    def _judgement(self) -> list[str]:
         scores = self.metrics
+        if "precision@1" not in scores:
+            return []
         lines = [
             f"  against the known overlaps (at least {scores['min_overlap']:.0%}; {scores['queries']:.0f} queries "
             f"that have any; a random ranking has precision {scores['chance']:.2f}):"
@@ -152,5 +183,5 @@ def start(cfg: config.Config, command: str) -> Iterator[Run]:
         outcome = "finished"
     finally:
         files.write_json(run.path("run.json"), run.record() | {"outcome": outcome})
-    if run.metrics is not None:
+    if run.metrics:
         files.write_json(run.path("metrics.json"), run.metrics)

@@ -8,7 +8,7 @@ computed: columns query, database (string) and overlap (float32), one row per or
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -16,10 +16,12 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.sparse as sparse
 from PIL import ExifTags, Image
 
 from vop import files
-from vop.geometry import Camera, overlap_matrix
+from vop.cameras import KnownCamera
+from vop.geometry import Camera, overlap_matrix, pose_from_rt
 from vop.image import decode
 
 CAMERAS = "cameras.json"
@@ -30,10 +32,13 @@ _NAMES_KEY = b"names"  # images without any overlap have no row; the file's meta
 
 @dataclass(frozen=True, eq=False)
 class OverlapTruth:
-    """Known overlaps: names of N images and their symmetric overlaps, (N, N) float32 in 0..1, ones on the diagonal."""
+    """Known overlaps: names of N images and their symmetric overlaps, (N, N) float32 in 0..1, ones on the diagonal.
+
+    Benchmarks of many images, most of which share nothing, give the matrix sparse; `matrix[row, columns]` reads both.
+    """
 
     names: tuple[str, ...]
-    matrix: np.ndarray
+    matrix: np.ndarray | sparse.csr_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +67,9 @@ class PosedFolder:
                 f"no {CAMERAS} in {path}: it must map image names to K, R, t (world to camera); "
                 f"is this the folder that holds it?"
             )
-        root = files.join(path, "images") if files.exists(files.join(path, "images")) else path
-        try:
-            entries = files.read_json(source)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON: {error}") from error
-        return cls(path, root, tuple(entries), tuple(_camera(root, name, entry) for name, entry in entries.items()))
+        root = image_root(path)
+        known = read_cameras(source, required=("K", "R", "t"))
+        return cls(path, root, tuple(camera.name for camera in known), tuple(_posed(root, camera) for camera in known))
 
     def image(self, name: str) -> np.ndarray:
         """Decode an image, (H, W, 3) uint8 RGB."""
@@ -117,6 +119,37 @@ class PosedFolder:
         return overlap_matrix(_Depths(self), self.cameras)
 
 
+def image_root(folder: str) -> str:
+    """Where the images of a folder with `cameras.json` lie: its subfolder `images/` if it has one, else itself."""
+    inner = files.join(folder, "images")
+    return inner if files.exists(inner) else folder
+
+
+def read_cameras(path: str, world: str = "", required: Collection[str] = ()) -> list[KnownCamera]:
+    """The entries of a `cameras.json`, in its order, all of one world; no image is looked at.
+
+    Unless `required`, K may be absent (intrinsics unknown) or R and t (pose unknown); width and height always may.
+    Raises ValueError where the file is not JSON or an entry is malformed.
+    """
+    try:
+        entries = files.read_json(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{path} must map image names to objects with K, R, t (world to camera)")
+    return [_known(name, entry, world, required) for name, entry in entries.items()]
+
+
+def _known(name: str, entry: dict, world: str, required: Collection[str]) -> KnownCamera:
+    needed = set(required) | ({"R", "t"} if {"R", "t"} & set(entry) or "K" not in entry else set())
+    if missing := needed - set(entry):
+        raise ValueError(f"{name} in {CAMERAS} lacks {sorted(missing)}; it has {sorted(entry)}")
+    pose = pose_from_rt(np.array(entry["R"]), np.array(entry["t"])) if "R" in entry else None
+    K = np.array(entry["K"]) if "K" in entry else None
+    size = (entry["width"], entry["height"]) if {"width", "height"} <= set(entry) else ()
+    return KnownCamera(name, K, pose, world, *size)
+
+
 def depth_name(name: str) -> str:
     """`a/b.jpg` -> `a/b.depth.png`."""
     return str(PurePosixPath(name).with_suffix(".depth.png"))
@@ -154,7 +187,8 @@ def write_cameras(path, cameras: dict[str, Camera]) -> None:
 
 def write_overlap(path, truth: OverlapTruth) -> None:
     """Write overlaps as a Parquet file: (query, database, overlap) for the ordered pairs with overlap above 0."""
-    query, database = np.nonzero((truth.matrix > 0) & ~np.eye(len(truth.names), dtype=bool))
+    query, database = (truth.matrix > 0).nonzero()
+    query, database = query[query != database], database[query != database]
     names = np.array(truth.names, dtype=object)
     table = pa.table(
         {
@@ -219,15 +253,9 @@ def _folder(root: str, name: str) -> str:
     return files.join(root, *PurePosixPath(name).parts[:-1])
 
 
-def _camera(root: str, name: str, entry: dict) -> Camera:
-    missing = {"K", "R", "t"} - set(entry)
-    if missing:
-        raise ValueError(f"{name} in {CAMERAS} lacks {sorted(missing)}; it has {sorted(entry)}")
-    size = (entry["width"], entry["height"]) if {"width", "height"} <= set(entry) else _upright_size(root, name)
-    try:
-        return Camera.from_rt(np.array(entry["K"]), np.array(entry["R"]), np.array(entry["t"]), *size)
-    except ValueError as error:
-        raise ValueError(f"{name} in {CAMERAS}: {error}") from error
+def _posed(root: str, known: KnownCamera) -> Camera:
+    size = (known.width, known.height) if known.sized else _upright_size(root, known.name)
+    return Camera(known.K, known.cam_from_world, *size)
 
 
 def _upright_size(root: str, name: str) -> tuple[int, int]:

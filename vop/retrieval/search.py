@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from vop import pairs
 from vop.catalog import evenly_spread
-from vop.config import ILLUSTRATED, RetrievalConfig
 from vop.image import patch_mask
 from vop.parts import fingerprint
 from vop.quantised import widen
@@ -22,6 +21,7 @@ from vop.retrieval.pair_votes import PairVotes
 from vop.retrieval.patches import PatchIndex
 from vop.retrieval.reuse import Earlier, Reuse, kept_table
 from vop.retrieval.shortlist import Shortlist
+from vop.schema import ILLUSTRATED, RetrievalConfig
 from vop.store import Selection
 
 # Pairs as they are ranked; the first pair of an illustrated query also carries the weights of its patches.

@@ -13,8 +13,9 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # stages print the
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+import ray.data
 
-from vop.config import ClusterConfig
+from vop.schema import ClusterConfig
 
 # Ray Data tells on the console that its bars are off and that a dataset is done; warnings and errors stay.
 logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -66,3 +67,41 @@ def cpus() -> int:
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def gpu_share(asked: float | None) -> float:
+    """GPUs of a model's process: as asked, else one where the cluster has any."""
+    return (1 if gpus() else 0) if asked is None else asked
+
+
+def replicas(asked: int | None, gpu: float) -> int:
+    """Processes with a model: as asked, else as many as the GPUs hold, without GPUs one per CPU."""
+    if asked:
+        return asked
+    return max(1, int(gpus() / gpu)) if gpu else cpus()
+
+
+def model_cpus(count: int) -> float:
+    """Logical CPUs of each of so many model processes, which only order who may start.
+
+    They ask for less than half together, so that decoding and writing always find room, on one CPU too; and for
+    another number than decoding does, or Ray Data would fuse both and decode inside the model's process.
+    """
+    return round(min(0.9, 0.4 * cpus() / count), 3)
+
+
+@contextmanager
+def whole_blocks(config: ClusterConfig) -> Iterator[None]:
+    """Run Ray Data so that a block stays what it is, a whole shard, and a job that does not move ends in an error."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = config.no_progress_timeout_s
+    context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        yield
+
+
+def rows(dataset: ray.data.Dataset) -> Iterator[dict]:
+    """The rows of a dataset as they come."""
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from block.to_pylist()

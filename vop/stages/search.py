@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from vop.config import RetrievalConfig
 from vop.retrieval import pair_votes, shortlist
 from vop.retrieval.index import ShardIndex, Wanted
 from vop.retrieval.reuse import Reuse
 from vop.retrieval.search import QueryBatch, Search
 from vop.retrieval.shortlist import Shortlist
+from vop.schema import RetrievalConfig
 from vop.stages import cluster
 
 SMALL_SHARD = 500  # images; fewer do not repay the start of another actor

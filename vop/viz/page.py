@@ -9,6 +9,7 @@ from vop import config as configuration
 from vop.config import Config
 from vop.datasets.posed import OverlapTruth
 from vop.image import ImageError, decode
+from vop.pose.protocols import Evaluation
 from vop.quantised import widen
 from vop.run import Run, versions
 from vop.store import EmbeddingStore, Selection
@@ -19,7 +20,7 @@ WEAKEST = 20  # images listed as hard to pair
 SCORES = 200_000  # scores the histogram is drawn from, at most
 
 
-def write_page(config: Config, run: Run, truth: OverlapTruth | None) -> str:
+def write_page(config: Config, run: Run, truth: OverlapTruth | None, poses: Evaluation | None = None) -> str:
     """Write report.html of a run and return its path."""
     store = EmbeddingStore.open(run.counts["store"])
     ranked = pairs.read_parquet(run.path("pairs.parquet"))
@@ -36,7 +37,7 @@ def write_page(config: Config, run: Run, truth: OverlapTruth | None) -> str:
         quarantined=list(catalog.quarantined(store.images())),
         timings=[(step, seconds) for step, seconds in run.timings.items() if step != "total"],
         metrics=_shown_metrics(run.metrics),
-        chance={f"precision@{k}": run.metrics["chance"] for k in (1, 5, 10)} if run.metrics else {},
+        chance={f"precision@{k}": run.metrics["chance"] for k in (1, 5, 10)} if "chance" in run.metrics else {},
         min_overlap=config.min_overlap,
         config_yaml=configuration.to_yaml(config),
         versions=versions(),
@@ -57,8 +58,8 @@ def _cards(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _shown_metrics(metrics: dict[str, float] | None) -> dict[str, float] | None:
-    if metrics is None:
+def _shown_metrics(metrics: dict[str, object]) -> dict[str, float] | None:
+    if "precision@1" not in metrics:
         return None
     shown = ("precision@1", "precision@5", "precision@10", "pair_recall@5", "pair_recall@10")
     return {key: metrics[key] for key in shown}

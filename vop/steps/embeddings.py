@@ -1,0 +1,59 @@
+"""The store of descriptors: made of a collection, or taken as it is."""
+
+import pyarrow as pa
+
+from vop import catalog
+from vop.config import Config
+from vop.datasets.image_sets import ImageSets
+from vop.embedding import hash_file
+from vop.progress import progress
+from vop.run import Run
+from vop.stages.embed import calibration, embed_shards
+from vop.store import EmbeddingStore
+
+
+def embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
+    """The store with every image of the collection embedded or quarantined."""
+    listing = sets.listing()
+    with job.step("load models"):
+        store = _opened(config, listing)
+    with job.step("plan"):
+        paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
+        planned, pending = store.plan(
+            listing, config.embedding.shard_size, config.embedding.prune, lambda name: hash_file(paths[name])
+        )
+        guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
+    total = planned.images.num_rows
+    waiting = sum(shard.num_rows for shard in pending.values())
+    with job.step("embed"), progress("embed", total, total - waiting, "images") as bar:
+        guard.add(0)
+        located = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
+        for written in embed_shards(config, store, located):
+            bar.update(written["ok"] + written["quarantined"])
+            guard.add(written["quarantined"])
+    with job.step("finish store"):
+        images = store.finish()
+    job.counts |= catalog.summary(images, planned) | {"embedded_now": waiting, "skipped": sets.skipped}
+    job.counts |= {"root": sets.root, "store": store.path}
+    job.quarantined = list(catalog.quarantined(images))
+    return store
+
+
+def as_stored(config: Config, job: Run) -> EmbeddingStore:
+    """A store as it is, without a look at images: imported, or of photographs that lie elsewhere."""
+    store = EmbeddingStore.open(config.store_path)
+    images = store.images()
+    job.counts |= catalog.summary(images, catalog.Plan(images, 0, 0, [])) | {"embedded_now": 0, "skipped": {}}
+    job.counts |= {"root": "", "store": store.path}
+    job.quarantined = list(catalog.quarantined(images))
+    return store
+
+
+def _opened(config: Config, listing: pa.Table) -> EmbeddingStore:
+    """The store of a config: the one at its path if it was made with the same features, else a new one."""
+    if EmbeddingStore.exists(config.store_path):
+        store = EmbeddingStore.open(config.store_path)
+        store.check_features(calibration(config, None).features)
+        return store
+    made = calibration(config, catalog.sample(listing, config.embedding.sample))
+    return EmbeddingStore.create(config.store_path, made.features, made.shapes, made.arrays)

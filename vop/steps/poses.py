@@ -1,0 +1,106 @@
+"""Relative poses of matched pairs: poses.parquet, and how good they are by each protocol."""
+
+import itertools
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vop import files
+from vop.cameras import Cameras
+from vop.config import Config, ConfigError
+from vop.datasets.layout import Benchmark
+from vop.parts import Parts, fingerprint
+from vop.pose.protocols import Evaluation, evaluate
+from vop.pose.results import markdown, metrics
+from vop.pose_estimation import SCHEMA, PoseEstimation, unmatched
+from vop.progress import progress
+from vop.run import Run
+from vop.stages.match import estimate_poses
+from vop.steps.matches import Matched, places
+
+CAMERAS, POSES = "cameras.parquet", "poses.parquet"
+
+
+def check_cameras(benchmark: Benchmark) -> None:
+    """Raise `ConfigError` where no camera is known: without intrinsics matches give no relative pose."""
+    if benchmark.cameras is None:
+        raise ConfigError(
+            "relative-pose needs cameras=FILE or FOLDER: a cameras.json with K and perhaps R and t for each image name, "
+            "or a COLMAP model; see docs/datasets.md" + (f". {benchmark.withheld}" if benchmark.withheld else "")
+        )
+
+
+def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Table:
+    """poses.parquet: a row for each pair, estimator and threshold; finished parts are not estimated again."""
+    cameras.write(job.path(CAMERAS))
+    wanted = places(matched)
+    receipts = matched.matches.receipts()
+    parts = Parts(
+        config.output,
+        fingerprint(
+            {"estimators": config.pose.estimators, "thresholds": [config.pose.threshold, *config.pose.thresholds]},
+            [config.pose.iterations, config.pose.confidence, config.pose.seed],
+            [(number, receipts[number]["sha256"], rows.tolist()) for number, rows in wanted],
+            [matched.features.manifest["features"], files.sha256(job.path(CAMERAS))],
+        ),
+        "poses",
+    )
+    missing = parts.missing(len(wanted))
+    total = matched.pairs.num_rows
+    with job.step("poses"), progress("poses", total, total - sum(len(wanted[i][1]) for i in missing), "pairs") as bar:
+        estimation = PoseEstimation(config.pose, matched.features, matched.matches, job.path(CAMERAS), parts)
+        for written in estimate_poses(config, estimation, (_part(i, *wanted[i]) for i in missing)):
+            bar.update(written["pairs"])
+    with job.step("write poses"):
+        poses = pa.concat_tables([*parts.read(len(wanted)), _unmatched(config, matched)]).sort_by(
+            [(name, "ascending") for name in ("image0", "image1", "estimator", "threshold")]
+        )
+        with files.atomic(job.path(POSES)) as (filesystem, inner):
+            pq.write_table(poses, inner, filesystem=filesystem, compression="zstd")
+        parts.remove(but_these=True)
+    job.counts["pairs_without_pose"] = _reasons(poses, config)
+    return poses
+
+
+def judged(config: Config, job: Run, benchmark: Benchmark, listed: pa.Table, poses: pa.Table) -> Evaluation:
+    """results.parquet and results.md: how well the listed pairs give relative poses; the headline into the metrics."""
+    queries = _queries(benchmark, listed)
+    with job.step("evaluate"):
+        evaluation = evaluate(listed, poses, config.pose, queries)
+        with files.atomic(job.path("results.parquet")) as (filesystem, inner):
+            pq.write_table(evaluation.results, inner, filesystem=filesystem)
+        files.write_bytes(job.path("results.md"), markdown(evaluation.results).encode())
+        job.metrics |= metrics(evaluation.results, config.pose)
+    return evaluation
+
+
+def _queries(benchmark: Benchmark, listed: pa.Table) -> pa.Table:
+    """The queries of a benchmark and those of the list: query, scene, and whether their cameras are known."""
+    scenes = {image.name: image.scene for image in benchmark.sets.images}
+    names = sorted({*listed["query"].to_pylist()})
+    known = [camera is not None and camera.K is not None for camera in map(benchmark.cameras.get, names)]
+    return pa.table({"query": names, "scene": [scenes.get(name, "") for name in names], "known": known})
+
+
+def _part(number: int, shard: int, rows) -> pa.Table:
+    return pa.table({"part": [number] * len(rows), "shard": [shard] * len(rows), "row": rows})
+
+
+def _unmatched(config: Config, matched: Matched) -> pa.Table:
+    rows: Iterator[dict] = itertools.chain.from_iterable(
+        unmatched(*(pair[name] for name in ("image0", "image1", "reason")), config.pose)
+        for pair in matched.unmatched.to_pylist()
+    )
+    return pa.Table.from_pylist([*rows], schema=SCHEMA)
+
+
+def _reasons(poses: pa.Table, config: Config) -> dict[str, int]:
+    """Pairs without a pose by the first estimator at the threshold of the protocol `fixed`, by reason."""
+    chosen = pc.and_(
+        pc.equal(poses["estimator"], config.pose.estimators[0]),
+        pc.equal(poses["threshold"], pa.scalar(config.pose.threshold, pa.float32())),
+    )
+    reasons = pc.value_counts(poses.filter(pc.and_(chosen, poses["reason"].is_valid()))["reason"]).to_pylist()
+    return {each["values"]: each["counts"] for each in sorted(reasons, key=lambda each: -each["counts"])}
