@@ -90,7 +90,7 @@ def test_the_true_pose_is_found_among_outliers(name, seed):
 @every
 @pytest.mark.parametrize("motion", [[0, 0, 1], [0, 0, -0.8], [1, 0, 0], [0, -1, 0]])
 def test_any_direction_of_travel(name, motion):
-    *pair, _ = scene(t=np.array(motion, float))
+    *pair, _ = scene(t=np.array(motion, float), seed=1)
     assert max(errors(estimate(name, *pair), t=motion)) < DEGREES.get(name, 0.5)
 
 
@@ -151,6 +151,14 @@ def test_a_point_without_undistorted_position_is_no_inlier(name):
 def test_almost_exact_matches_give_an_almost_exact_pose(name):
     *pair, _ = scene(noise=0.005)
     assert max(errors(estimate(name, *pair, threshold=0.05))) < 0.15
+
+
+@pytest.mark.parametrize("name", [NAMES[0], *NAMES[2:]])
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_averaged_out(name, seed):
+    """Half a pixel of noise on 350 true matches. OpenCV's MAGSAC gave 0.3 to 2 degrees on points with K = 1."""
+    *pair, _ = scene(n=500, noise=0.5, seed=seed)
+    assert max(errors(estimate(name, *pair))) < 0.45
 
 
 HARD = ((0, 0.1), (1, 0.6), (2, 0.3))  # seed and share of outliers

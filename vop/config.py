@@ -17,9 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vop import files
 from vop.schema import Config, ConfigError
-from vop.schema import DatasetConfig as DatasetConfig  # TEMPORARY
-from vop.schema import MatchingConfig as MatchingConfig  # TEMPORARY
-from vop.schema import PoseConfig as PoseConfig  # TEMPORARY
 
 # A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
 ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}

@@ -122,7 +122,8 @@ class ShardStore:
                 yield file
         except (OSError, pa.ArrowInvalid) as error:  # a missing file, a cut one, a page of another checksum
             receipt = f"{shard_name(number)}.json"
-            raise StoreError(f"cannot read {inner}: {error}. Delete {receipt} and run {self.MADE_BY} again") from error
+            reason = str(error).strip()
+            raise StoreError(f"cannot read {inner}: {reason}. Delete {receipt} and run {self.MADE_BY} again") from error
 
     def verify(self) -> Iterator[str]:
         """Yield what is wrong with the files: shards whose content is not what their receipt says."""

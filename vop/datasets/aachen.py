@@ -1,11 +1,11 @@
 """Aachen Day-Night v1.1: a COLMAP model of database photographs, and queries with intrinsics by day and by night.
 
-    ROOT/images_upright/db/1.jpg, .../sequences/...                dataset.images = images_upright
+    ROOT/images_upright/db/1.jpg, sequences/...                   dataset.images = images_upright
     ROOT/images_upright/query/{day,night}/...
-    ROOT/queries/day_time_queries_with_intrinsics.txt              and night_time_...: every *_queries_with_intrinsics.txt
-    ROOT/3D-models/aachen_v_1_1/{cameras,images,points3D}.bin      dataset.model = 3D-models/aachen_v_1_1
+    ROOT/queries/day_time_queries_with_intrinsics.txt             and night_time: every list of such a name is read
+    ROOT/3D-models/aachen_v_1_1/{cameras,images,points3D}.bin     dataset.model = 3D-models/aachen_v_1_1
 
-From https://www.visuallocalization.net/datasets (Aachen Day-Night and its extension v1.1; the day list comes with v1.0).
+From https://www.visuallocalization.net/datasets (Aachen Day-Night, and its extension v1.1 unpacked over it).
 
 The database is what the model names; its poses are COLMAP's, world to camera, pixel centres at +0.5. Queries have K
 (line: name, COLMAP camera model, width, height, parameters) and no pose: theirs are not published, so only pairs of

@@ -6,7 +6,8 @@
                                                 points3D.txt
 
 `dataset.images` is the folder that the names in the model count from. The model is the list of images: others on disk
-have no pose. Source: colmap.github.io/format.html. Poses there are world to camera, and pixel centres lie at +0.5, as
+have no pose. The format: https://colmap.github.io/format.html; ETH3D: https://www.eth3d.net/datasets (high-res
+multi-view, training, *_dslr_undistorted.7z). Poses are world to camera, and pixel centres lie at +0.5, as
 here; the size of an image is that before EXIF rotation, so images that carry an orientation tag do not fit (COLMAP's
 own undistorter writes none). A camera with distortion keeps its model and parameters, and K is its pinhole part.
 
@@ -29,6 +30,7 @@ from vop.schema import DatasetConfig
 
 IMAGES, MODEL = "{scene}/images", "{scene}/sparse"
 PARTS = ("cameras", "images", "points3D")
+PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
 
 
 def missing(dataset: DatasetConfig) -> list[str]:
@@ -77,7 +79,7 @@ def read_cameras(folder: str, world: str, prefix: str = "") -> Iterator[KnownCam
 
 def known_camera(name: str, camera, pose: np.ndarray | None, world: str) -> KnownCamera:
     """A pycolmap camera and a (4, 4) pose as a row of the table of cameras."""
-    plain = camera.is_undistorted()
+    plain = camera.model_name in PINHOLES
     return KnownCamera(
         name,
         camera.calibration_matrix(),

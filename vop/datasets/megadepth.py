@@ -50,9 +50,7 @@ def _without_images(dataset: DatasetConfig, scene: str) -> list[str]:
     absent = [image.path for image in layout.image_files(dataset, info.names) if image.size < 0]
     if len(absent) < len(info.names):
         return []
-    return [
-        f"none of the {len(absent)} images of {scene} is there, such as {', '.join(absent[:SHOWN])}: Undistorted_SfM"
-    ]
+    return [f"none of the {len(absent)} images of {scene} is there (Undistorted_SfM), such as {absent[0]}"]
 
 
 def read(dataset: DatasetConfig) -> Benchmark:
@@ -98,11 +96,10 @@ def _read(dataset: DatasetConfig, scene: str) -> SceneInfo:
     prefix = layout.below_root(dataset, dataset.images or "", scene)
     filesystem, inner = files.resolve(path)
     with filesystem.open_input_file(inner) as file, np.load(file, allow_pickle=True) as info:  # None needs pickle
-        lacking = {"image_paths", "intrinsics", "poses"} - set(info)
+        lacking = {"image_paths", "depth_paths", "intrinsics", "poses"} - set(info)
         if lacking or not {"overlap_matrix", "pair_infos"} & set(info):
-            raise CamerasError(
-                f"{path} lacks {sorted(lacking) or 'overlap_matrix or pair_infos'}; it has {sorted(info)}"
-            )
+            wanted = ", ".join(sorted(lacking)) or "both overlap_matrix and pair_infos"
+            raise CamerasError(f"{path} lacks {wanted}; it has {', '.join(sorted(info))}")
         paths, intrinsics, poses = info["image_paths"], info["intrinsics"], info["poses"]
         if "pair_infos" in info:
             prescribed = list(info["pair_infos"])

@@ -10,8 +10,8 @@ https://github.com/gmberton/VPR-datasets-downloader, which lays out a dozen othe
     ROOT/pitts30k_test_gt.npy                                       or ..._gt_25m.npy; optional
     ROOT/queries_real/..., ROOT/000/...                             dataset.images = . (where the lists count from)
 
-With `dataset.model`, the lists of image names, and per query the positions in the database list that match it. The
-images: https://www.di.ens.fr/willow/research/netvlad; the lists: https://github.com/serizba/salad (datasets/Pittsburgh).
+With `dataset.model`, the lists of image names, and per query the positions in the database list that match it. Images:
+https://www.di.ens.fr/willow/research/netvlad; lists: https://github.com/serizba/salad (datasets/Pittsburgh).
 
 The truth is of place, not of overlap: 1 for a match, 0 otherwise, between queries and database only; an image within
 25 m may look the other way. No camera is known, so relative poses cannot be judged.

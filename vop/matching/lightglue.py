@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from vop.config import ConfigError, MatchingConfig
 from vop.features import LocalFeatures
 from vop.matches import NO_MATCHES, Matches
 from vop.matching.interface import Matcher, seen
 from vop.models.weights import WeightsError
+from vop.schema import ConfigError, MatchingConfig
 
 DERIVED = {"confidence_thresholds"}  # computed by the network, not learned
 

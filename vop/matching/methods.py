@@ -16,8 +16,8 @@ import difflib
 import importlib
 from types import ModuleType
 
-from vop.config import ConfigError, MatchingConfig
 from vop.matching.interface import Extractor, Matcher
+from vop.schema import ConfigError, MatchingConfig
 
 MODULES = {
     "xfeat+lighterglue": "xfeat",

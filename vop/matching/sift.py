@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from vop.config import MatchingConfig
 from vop.features import LocalFeatures
 from vop.matches import NO_MATCHES, Matches
 from vop.matching.interface import Extractor, Matcher, strongest
+from vop.schema import MatchingConfig
 
 RATIO = 0.8
 WIDTH = 128

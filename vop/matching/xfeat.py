@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from vop import files
-from vop.config import MatchingConfig
 from vop.features import LocalFeatures
 from vop.matching.interface import Extractor, strongest
 from vop.matching.lightglue import LightGlueMatcher, load_network
 from vop.models.weights import read_tensors
 from vop.models.xfeat import published_weights
+from vop.schema import MatchingConfig
 
 DETECTION_THRESHOLD = 0.05
 SMALLEST = 32  # pixels; the network works on multiples of it
@@ -77,7 +77,7 @@ class XFeatExtractor(Extractor):
         scaled = rgb.shape[1], rgb.shape[0]
         found = {"keypoints": np.empty((0, 2)), "scores": np.empty(0), "descriptors": np.empty((0, self.width))}
         if min(scaled) >= SMALLEST:
-            image = torch.from_numpy(rgb).to(self.device).permute(2, 0, 1)[None] / 255
+            image = torch.tensor(rgb, device=self.device).permute(2, 0, 1)[None] / 255
             found = {name: values.cpu().numpy() for name, values in self.net.detectAndCompute(image)[0].items()}
         return strongest(**found, size=size, scaled=scaled, most=self.max_keypoints)
 

@@ -45,8 +45,8 @@ LOW = (1 << 32) - 1
 class Evaluation:
     """What `evaluate` found.
 
-    results: table of `RESULTS`. errors: sorted pose errors of the judged queries (n,) float64, degrees, inf for
-    failures, by (protocol, estimator, k).
+    results: table of `RESULTS`. errors: sorted pose errors of the judged queries of all scenes (n,) float64, degrees,
+    inf for failures, by (protocol, estimator, k).
     """
 
     results: pa.Table

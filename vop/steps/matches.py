@@ -44,8 +44,8 @@ def matched(config: Config, job: Run, sets: ImageSets, listed: pa.Table) -> Matc
         example = asked.slice(0, 1).to_pylist()[0]
         raise ConfigError(
             f"none of {asked.num_rows} pairs can be matched, the first {example['image0']!r} with "
-            f"{example['image1']!r}: {example['reason']}. Names count from the root of the images, {sets.root}, which holds for instance "
-            f"{sets.names[0]!r}"
+            f"{example['image1']!r}: {example['reason']}. Names count from the root of the images, {sets.root}, which "
+            f"holds for instance {sets.names[0]!r}"
         )
     features = _extracted(config, job, sets, {*usable["image0"].to_pylist(), *usable["image1"].to_pylist()})
     images = features.live()

@@ -27,8 +27,8 @@ def check_cameras(benchmark: Benchmark) -> None:
     """Raise `ConfigError` where no camera is known: without intrinsics matches give no relative pose."""
     if benchmark.cameras is None:
         raise ConfigError(
-            "relative-pose needs cameras=FILE or FOLDER: a cameras.json with K and perhaps R and t for each image name, "
-            "or a COLMAP model; see docs/datasets.md" + (f". {benchmark.withheld}" if benchmark.withheld else "")
+            "relative-pose needs cameras=FILE or FOLDER: a cameras.json with K and perhaps R and t for each image "
+            "name, or a COLMAP model; see docs/datasets.md" + (f". {benchmark.withheld}" if benchmark.withheld else "")
         )
 
 
@@ -48,11 +48,12 @@ def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Ta
         "poses",
     )
     missing = parts.missing(len(wanted))
-    total = matched.pairs.num_rows
-    with job.step("poses"), progress("poses", total, total - sum(len(wanted[i][1]) for i in missing), "pairs") as bar:
+    total, now = matched.pairs.num_rows, sum(len(wanted[i][1]) for i in missing)
+    with job.step("poses"), progress("poses", total, total - now, "pairs") as bar:
         estimation = PoseEstimation(config.pose, matched.features, matched.matches, job.path(CAMERAS), parts)
         for written in estimate_poses(config, estimation, (_part(i, *wanted[i]) for i in missing)):
             bar.update(written["pairs"])
+    job.counts["posed_now"] = now
     with job.step("write poses"):
         poses = pa.concat_tables([*parts.read(len(wanted)), _unmatched(config, matched)]).sort_by(
             [(name, "ascending") for name in ("image0", "image1", "estimator", "threshold")]

@@ -24,21 +24,30 @@ NO_HEAT = Markup('fill="#000000" fill-opacity="0.62"')
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image as a drawing needs it."""
+class Photo:
+    """A photograph on the page."""
 
     name: str
     """Name in the collection; shown as text."""
     rgb: np.ndarray
     """(H, W, 3) uint8, upright, of any size; the report reduces it."""
     scaled_size: tuple[int, int]
-    """(width, height) inside the letterbox, pixels."""
-    patches: np.ndarray
-    """Unit descriptors of all P patches, padding included, (P, E) float; P is a square number."""
+    """(width, height) in the units of the drawing, of any scale."""
 
     def __post_init__(self):
         if self.rgb.ndim != 3 or self.rgb.shape[2] != 3 or self.rgb.dtype != np.uint8:
             raise ValueError(f"{self.name}: rgb is {self.rgb.dtype} {self.rgb.shape}, but must be uint8 (H, W, 3)")
+
+
+@dataclass(frozen=True)
+class Picture(Photo):
+    """An image with its patches; its drawing's units are pixels inside the letterbox."""
+
+    patches: np.ndarray
+    """Unit descriptors of all P patches, padding included, (P, E) float; P is a square number."""
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.patches.ndim != 2 or math.isqrt(len(self.patches)) ** 2 != len(self.patches):
             raise ValueError(
                 f"{self.name}: patches have shape {self.patches.shape}, but must be (P, E) with P a square number, "
@@ -130,7 +139,7 @@ def draw_overlap(query: Picture, support: np.ndarray, image: str) -> Markup:
     ]
     found = np.count_nonzero(support[query.mask])
     label = f"Overlap map of {query.name}: {found} of {len(boxes)} patches found support"
-    return _svg(query.scaled_size, label, _photo(image, (0, 0)), _layer("heat", boxes))
+    return svg(query.scaled_size, label, use(image, (0, 0)), layer("heat", boxes))
 
 
 def draw_match(
@@ -157,26 +166,30 @@ def draw_match(
     """
     cell = cell or cell_size([query, match])
     colors = position_colors(query.scaled_size, query.image_size)
-    origins = [
-        (x, (cell[1] - picture.scaled_size[1]) / 2) for x, picture in ((0, query), (query.scaled_size[0] + GAP, match))
-    ]
+    origins = side_by_side(query, match, cell)
     boxes = [
         _box(picture, patch, origin, p, _tint(colors[p], level))
         for (p, s), level in zip(pairs.tolist(), strength.tolist(), strict=True)
         for picture, patch, origin in zip((query, match), (p, s), origins, strict=True)
     ]
-    photos = [_photo(image, origin) for image, origin in zip(images, origins, strict=True)]
+    photos = [use(image, origin) for image, origin in zip(images, origins, strict=True)]
     label = f"{query.name} at the left, {match.name} at the right: {len(pairs)} matched patches"
-    return _svg((2 * cell[0] + GAP, cell[1]), label, *photos, _layer("pairs", boxes))
+    return svg((2 * cell[0] + GAP, cell[1]), label, *photos, layer("pairs", boxes))
 
 
-def cell_size(pictures: Iterable[Picture]) -> tuple[int, int]:
+def cell_size(photos: Iterable[Photo]) -> tuple[int, int]:
     """The smallest (width, height) that holds each of the scaled images."""
-    widths, heights = zip(*(picture.scaled_size for picture in pictures), strict=True)
+    widths, heights = zip(*(photo.scaled_size for photo in photos), strict=True)
     return max(widths), max(heights)
 
 
-def _photo(image: str, origin: tuple[float, float]) -> Markup:
+def side_by_side(left: Photo, right: Photo, cell: tuple[int, int]) -> list[tuple[float, float]]:
+    """Upper left corners of two photographs: next to each other, each in the middle of the cell's height."""
+    return [(x, (cell[1] - photo.scaled_size[1]) / 2) for x, photo in ((0, left), (left.scaled_size[0] + GAP, right))]
+
+
+def use(image: str, origin: tuple[float, float]) -> Markup:
+    """The photograph of this id at a place of the drawing."""
     return Markup('<use href="#{}" x="{:g}" y="{:g}"/>').format(image, *origin)
 
 
@@ -195,11 +208,13 @@ def _tint(color: str, level: float) -> Markup:
     return Markup('fill="{0}" stroke="{0}" fill-opacity="{1:.2f}"').format(color, 0.1 + 0.5 * level)
 
 
-def _layer(name: str, boxes: Iterable[Markup]) -> Markup:
-    return Markup('<g class="overlay {}">{}</g>').format(name, Markup("").join(boxes))
+def layer(name: str, marks: Iterable[Markup]) -> Markup:
+    """What is drawn over photographs; a reader can switch it off."""
+    return Markup('<g class="overlay {}">{}</g>').format(name, Markup("").join(marks))
 
 
-def _svg(size: tuple[int, int], label: str, *parts: Markup) -> Markup:
+def svg(size: tuple[int, int], label: str, *parts: Markup) -> Markup:
+    """A drawing of this (width, height); the label is for those who cannot see it."""
     return Markup('<svg role="img" viewBox="0 0 {} {}" aria-label="{}">{}</svg>').format(
         *size, label, Markup("").join(parts)
     )

@@ -2,16 +2,28 @@
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-# Matplotlib writes colours as numbers; these two stand for what only the page knows (light or dark).
+# Matplotlib writes colours as numbers; these stand for what only the page knows (light or dark).
 INK, ACCENT = "#010203", "#040506"
+CURVES = ("#070801", "#070802", "#070803", "#070804", "#070805", "#070806")
 PAGE_COLORS = {INK: "currentColor", ACCENT: "var(--accent)"}
+PAGE_COLORS |= {color: f"var(--curve-{number})" for number, color in enumerate(CURVES)}
+
+# For paper and slides: the colours of Okabe and Ito, which the colour-blind tell apart, but for the yellow.
+SLIDE_COLORS = {"#0072b2": CURVES[0], "#d55e00": CURVES[1], "#009e73": CURVES[2], "#cc79a7": CURVES[3],
+                "#e69f00": CURVES[4], "#56b4e9": CURVES[5]}  # fmt: skip
+DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (11, 2)), (0, (3, 1, 1, 1, 1, 1)),
+          (0, (2.5, 2.5)), (0, (9, 1.5, 3, 1.5)))  # a curve has one of its own, so that colour is not needed
+MOST_DEGREES = 20  # right end of the error curves
+STEPS = 1000  # corners of one curve, at most
 
 STYLE = {
     "svg.fonttype": "none",
@@ -64,6 +76,92 @@ def histogram(values: np.ndarray, label: str, counted: str, alt: str) -> Markup:
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=5)
         return _inline(figure, alt)
+
+
+def error_curves(curves: Sequence[tuple[str, np.ndarray]], title: str, alt: str) -> Markup:
+    """Cumulative error curves as inline SVG: the share of queries with a pose error below each angle up to 20 degrees.
+
+    Args:
+        curves: label and sorted errors (n,) of each, degrees; inf for failures, which count in n only.
+        title: stands above the plot.
+        alt: what a reader who cannot see the plot is told.
+
+    Returns:
+        An `<svg>`; the same curves give the same text.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.9), layout="constrained")
+        _draw_curves(figure.add_subplot(), curves, title, CURVES)
+        _legend(figure, [label for label, _ in curves], CURVES, columns=1 if len(curves) < 3 else 2)
+        return _inline(figure, alt)
+
+
+def curves_file(panels: Mapping[str, Sequence[tuple[str, np.ndarray]]], suffix: str) -> bytes:
+    """The curves of `error_curves` as a picture by itself, on white: a panel beside the other for each title.
+
+    Labels name a threshold each, which may differ between panels: every panel has a legend of its own.
+
+    Args:
+        panels: title to curves, at least one.
+        suffix: png or svg.
+
+    Returns:
+        The content of the file; the same curves give the same bytes with the same Matplotlib.
+    """
+    style = STYLE | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "k")
+    colors = [*SLIDE_COLORS]
+    with matplotlib.rc_context(style | {"svg.fonttype": "path", "grid.color": "k"}):
+        figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
+        parts = figure.subfigures(1, len(panels), squeeze=False)[0]
+        for part, (title, curves) in zip(parts, panels.items(), strict=True):
+            _draw_curves(part.add_subplot(), curves, title, colors)
+            _legend(part, [label for label, _ in curves], colors, columns=1 if len(curves) < 3 else 2)
+        content = io.BytesIO()
+        undated = {"Date": None} if suffix == "svg" else {}
+        figure.savefig(content, format=suffix, dpi=200, facecolor="white", metadata=undated)
+    return content.getvalue()
+
+
+def recall_steps(errors: np.ndarray, most: float = MOST_DEGREES) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the curve of recall over error: from x[i] up to x[i + 1] the recall is y[i].
+
+    Args:
+        errors: sorted (n,), n > 0; inf for failures.
+        most: right end of the curve, its last corner.
+
+    Returns:
+        x from 0, and y from 0 to 1. Every distinct error is a corner, unless there are more than `STEPS`: then the
+        corners stand evenly, and the recall is exact at each.
+    """
+    x = np.unique(errors[errors < most])
+    if len(x) > STEPS:
+        x = np.linspace(0, most, STEPS, endpoint=False)
+    x = np.unique(np.concatenate([[0], x, [most]]))
+    return x, np.searchsorted(errors, x, side="right") / len(errors)
+
+
+def _draw_curves(axes: Axes, curves: Sequence[tuple[str, np.ndarray]], title: str, colors: Sequence[str]) -> None:
+    with matplotlib.rc_context({"path.simplify": False}):
+        for number, (_, errors) in enumerate(curves):
+            x, recall = recall_steps(errors)
+            axes.step(x, 100 * recall, where="post", color=colors[number % len(colors)],
+                      linestyle=DASHES[number % len(DASHES)], linewidth=1.8, solid_joinstyle="miter")  # fmt: skip
+    axes.set_title(title, fontsize=10)
+    axes.set_xlim(0, MOST_DEGREES)
+    axes.set_ylim(0, 101)
+    axes.set_xticks([0, 5, 10, 15, 20], ["0°", "5°", "10°", "15°", "20°"])
+    axes.set_yticks([0, 25, 50, 75, 100], ["0%", "25%", "50%", "75%", "100%"])
+    axes.set_xlabel("pose error")
+    axes.set_ylabel("queries with a smaller error")
+    axes.grid()
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=5)
+
+
+def _legend(figure: Figure, labels: Sequence[str], colors: Sequence[str], columns: int) -> None:
+    """Below the axes, where it hides no curve."""
+    handles = [line for axes in figure.axes for line in axes.lines]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.6, fontsize=9)
 
 
 def _inline(figure: Figure, alt: str) -> Markup:
