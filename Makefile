@@ -1,14 +1,15 @@
 # The two commands of a newcomer are `make demo` and `make test`; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
+LIGHTGLUE := .venv-lightglue
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lightglue lint clean
 
 # Any change of the requirements installs again; the stamp is written last, so a broken install is tried anew.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vop needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev,localize]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -17,8 +18,20 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
+# ALIKED and DISK need torchvision, which brings the newest torch with CUDA (5 GB, runs on a CPU too): an environment of
+# their own, on the pins of constraints.txt but for torch.
+$(LIGHTGLUE)/installed: pyproject.toml constraints.txt constraints-lightglue.txt
+	$(PYTHON) -m venv $(LIGHTGLUE)
+	grep -v '^torch==' constraints.txt > $(LIGHTGLUE)/constraints.txt
+	$(LIGHTGLUE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LIGHTGLUE)/constraints.txt \
+	    --constraint constraints-lightglue.txt --editable '.[lightglue,cpu,dev]'
+	touch $@
+
+test-lightglue: $(LIGHTGLUE)/installed
+	$(LIGHTGLUE)/bin/python -m pytest tests/test_lightglue.py
+
 lint: $(VENV)/installed
 	$(VENV)/bin/pre-commit run --all-files
 
 clean:
-	rm -rf $(VENV) demo run build dist *.egg-info
+	rm -rf $(VENV) $(LIGHTGLUE) demo run build dist *.egg-info

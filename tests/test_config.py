@@ -1,5 +1,6 @@
 import dataclasses
 import typing
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -178,10 +179,17 @@ def test_weights_become_absolute_only_if_they_are_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", PATHS)
 def test_a_relative_path_is_refused_with_a_cluster(key):
-    values = {"output": "/shared/run", "cluster": {"address": "auto"}} | {key: "relative/place"}
+    told = ["output=/shared/run", "cluster.address=auto"]
     with pytest.raises(ConfigError, match=f"{key} is the relative path 'relative/place'.*absolute path"):
-        load(**values)
-    assert getattr(load(**values | {key: "gs://bucket/place"}), key) == "gs://bucket/place"
+        load([], [*told, f"{key}=relative/place"])
+    config = load([], [*told, f"{key}=gs://bucket/place"])
+    assert attrgetter(key)(config) == "gs://bucket/place"
+
+
+def test_a_value_that_is_no_yaml_is_refused_with_the_way_to_write_it():
+    with pytest.raises(ConfigError, match=r"""quote it twice: 'dataset\.model="\{scene\}/sparse"'"""):
+        load([], ["dataset.model={scene}/sparse"])
+    assert load([], ['dataset.model="{scene}/sparse"']).dataset.model == "{scene}/sparse"
 
 
 def test_yaml_round_trip_gives_an_equal_config(tmp_path):

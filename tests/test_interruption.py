@@ -1,5 +1,6 @@
 """Real processes, killed without warning in the middle; the next run finishes the work and leaves the same bytes."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from processes import Job
 
 from vop import config, pipeline
 from vop.parts import Parts
+from vop.schema import MatchingConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,4 +101,36 @@ def test_a_killed_search_continues_and_leaves_the_same_pairs(rendered_collection
     assert sorted(searched) == sorted((kind, number) for kind in ("parts", "votes") for number in {*range(24)} - done)
     assert {path.name for path in output.iterdir()} == {path.name for path in undisturbed.iterdir()} - {"store"}
     for name in ("pairs.parquet", "pairs.txt", "patch_weights.parquet"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_killed_matching_and_killed_posing_continue_and_leave_the_same_bytes(rendered_collection, tmp_path):
+    """Killed twice: among the shards of matches, then among the parts of the poses."""
+    names = sorted(path.name for path in rendered_collection.glob("????.jpg"))
+    listed = tmp_path / "pairs.txt"
+    listed.write_text("".join(f"{a} {b}\n" for a in names for b in names if a < b))
+
+    def told(folder: str) -> config.Config:
+        return dataclasses.replace(
+            asked(rendered_collection, tmp_path / folder / "run"),
+            cameras=str(rendered_collection),
+            pair_list=str(listed),
+            matching=MatchingConfig(method="sift+nn", shard_size=6, extractors=1, matchers=1, pair_shard_size=8),
+        )
+
+    undisturbed = Path(pipeline.relative_pose(told("undisturbed")).output)
+    output = tmp_path / "killed" / "run"
+    kill_when(lambda: any((output / "matches").glob("shard-*.json")), "relative-pose", told("killed"), output.parent)
+    matched = {path.stem for path in (output / "matches").glob("shard-*.json")}
+    assert 1 <= len(matched) < len([*(undisturbed / "matches").glob("shard-*.json")])
+    kill_when(lambda: any(output.glob("poses-*/[0-9]*.parquet")), "relative-pose", told("killed"), output.parent)
+    posed = [*output.glob("poses-*/[0-9]*.parquet")]
+    assert 1 <= len(posed) < len([*undisturbed.glob("poses-*/[0-9]*.parquet")])
+
+    job = pipeline.relative_pose(told("killed"))
+    assert job.counts["extracted_now"] == job.counts["matched_now"] == 0
+    assert 0 < job.counts["posed_now"] < job.counts["pairs_matched"]
+    for folder in ("features", "matches", *(path.name for path in undisturbed.glob("poses-*"))):
+        assert bytes_of(output / folder) == bytes_of(undisturbed / folder)
+    for name in ("poses.parquet", "results.parquet", "results.md", "metrics.json", "cameras.parquet"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()

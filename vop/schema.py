@@ -170,7 +170,8 @@ class DatasetConfig:
     """A benchmark in the layout it is published in: one YAML for each in configs/dataset/."""
 
     format: str | None = None
-    """Layout on disk: colmap, megadepth, phototourism, inloc, aachen or pitts30k; null: images, queries, database."""
+    """Layout on disk: colmap, megadepth, phototourism, inloc, aachen, pitts30k or the dotted name of a module of one's
+    own (docs/datasets.md); null: `images`, `queries` and `database` say where the images are."""
     root: str | None = None
     """Folder that the benchmark was unpacked into."""
     scenes: list[str] | None = None
@@ -248,12 +249,13 @@ class PoseConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `vop export-matches` writes for other programs; null: not."""
+    """What `vop export-matches` writes of the run at `output` for other programs."""
 
     hloc: str | None = None
-    """Folder for hloc's features.h5, matches.h5 and pairs.txt."""
+    """Folder for hloc's features.h5, matches.h5 and pairs.txt; null: none."""
     colmap: str | None = None
-    """COLMAP database with keypoints, matches and two-view geometries; with `cameras` if known."""
+    """File for a COLMAP database with cameras (those of the run, or of `cameras`; guessed as COLMAP does where none are
+    known), keypoints, matches and verified two-view geometries; null: none."""
 
 
 @dataclass(frozen=True)

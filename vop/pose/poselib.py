@@ -4,13 +4,9 @@ PoseLib multiplies the threshold by the mean of the inverse focal lengths; the i
 """
 
 import numpy as np
+import poselib
 
 from vop.schema import PoseConfig
-
-try:
-    import poselib
-except ImportError as error:
-    raise ImportError("the estimator poselib needs the package poselib: pip install 'vop[localize]'") from error
 
 LEAST = 1000  # hypotheses PoseLib tries by default before it stops early
 

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `opencv` | OpenCV's USAC with MAGSAC scoring and local optimisation | embedded |
 | `opencv_ransac` | OpenCV's plain RANSAC, without refinement | embedded |
-| `poselib` | PoseLib: LO-RANSAC, then non-linear refinement | extra `localize` |
+| `poselib` | PoseLib: LO-RANSAC, then non-linear refinement | embedded |
 | `pycolmap` | COLMAP's verification: essential matrix or, for planes, homography; refinement | extra `localize` |
 
 The threshold is a distance from the epipolar line in pixels of the original images. Where the two cameras have

@@ -96,7 +96,7 @@ def _extracted(config: Config, job: Run, sets: ImageSets, names: Collection[str]
             bar.update(written["ok"] + written["quarantined"])
             guard.add(written["quarantined"])
     images = store.finish()
-    job.counts |= {"features": store.path, "images_with_features": total, "extracted_now": waiting}
+    job.counts |= {"root": sets.root, "features": store.path, "images_with_features": total, "extracted_now": waiting}
     job.quarantined += [each for each in catalog.quarantined(images) if each not in job.quarantined]
     return store
 

@@ -11,6 +11,7 @@ from vop import files
 from vop.cameras import Cameras
 from vop.config import Config, ConfigError
 from vop.datasets.layout import Benchmark
+from vop.pairs import read_parquet
 from vop.parts import Parts, fingerprint
 from vop.pose.protocols import Evaluation, evaluate
 from vop.pose.results import markdown, metrics
@@ -21,6 +22,7 @@ from vop.stages.match import estimate_poses
 from vop.steps.matches import Matched, places
 
 CAMERAS, POSES = "cameras.parquet", "poses.parquet"
+LISTED, QUERIES, RESULTS = "listed.parquet", "queries.parquet", "results.parquet"  # what was judged, and how good it is
 
 
 def check_cameras(benchmark: Benchmark) -> None:
@@ -70,11 +72,18 @@ def judged(config: Config, job: Run, benchmark: Benchmark, listed: pa.Table, pos
     queries = _queries(benchmark, listed)
     with job.step("evaluate"):
         evaluation = evaluate(listed, poses, config.pose, queries)
-        with files.atomic(job.path("results.parquet")) as (filesystem, inner):
-            pq.write_table(evaluation.results, inner, filesystem=filesystem)
+        for name, table in ((LISTED, listed), (QUERIES, queries), (RESULTS, evaluation.results)):
+            with files.atomic(job.path(name)) as (filesystem, inner):
+                pq.write_table(table, inner, filesystem=filesystem)
         files.write_bytes(job.path("results.md"), markdown(evaluation.results).encode())
         job.metrics |= metrics(evaluation.results, config.pose)
     return evaluation
+
+
+def judged_again(config: Config, job: Run) -> Evaluation:
+    """The evaluation of a finished run, from the files of its directory."""
+    listed, poses, queries = (read_parquet(job.path(name)) for name in (LISTED, POSES, QUERIES))
+    return evaluate(listed, poses, config.pose, queries)
 
 
 def _queries(benchmark: Benchmark, listed: pa.Table) -> pa.Table:

@@ -1,0 +1,15 @@
+r"""Match the local features of listed pairs, or of those that it registers first, as a job on a Ray cluster.
+
+    ray job submit --address http://HEAD:8265 --working-dir . \
+        -- python ray_jobs/match.py images=/data/photos output=/data/run
+
+Takes what `vop match` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
+The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+"""
+
+import sys
+
+from vop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["match", "cluster.address=auto", *sys.argv[1:]]))

@@ -1,0 +1,15 @@
+r"""Judge pairs by the relative poses that their matches give, as a job on a Ray cluster.
+
+    ray job submit --address http://HEAD:8265 --working-dir . \
+        -- python ray_jobs/relative_pose.py images=/data/photos cameras=/data/photos output=/data/run
+
+Takes what `vop relative-pose` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
+The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+"""
+
+import sys
+
+from vop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["relative-pose", "cluster.address=auto", *sys.argv[1:]]))

@@ -1,0 +1,187 @@
+"""A COLMAP database of features and matches, for reconstruction to follow (`pycolmap.incremental_mapping`).
+
+It holds cameras, images (numbered by name from 1), keypoints, matches and two-view geometries; no descriptors, which
+COLMAP knows in formats of its own only. Pixel centres lie at +0.5 for COLMAP as they do here. Images are upright here,
+while COLMAP leaves EXIF orientation out: of photographs that are turned by it the geometry is right, but COLMAP takes
+colours from the wrong pixels and cannot undistort them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from os import cpu_count
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from vop import files
+from vop.cameras import CamerasError, KnownCamera, load_pycolmap
+from vop.matches import matches_of
+
+if TYPE_CHECKING:
+    import pycolmap
+
+FOCAL_FACTOR = 1.2  # long sides: what COLMAP takes for a focal length of which nothing is known
+KNOWN, EXIF, GUESSED = "known", "with the focal length of their EXIF", f"guessed as {FOCAL_FACTOR} x the long side"
+MISFIT = "guessed, for the known one is of another image size"
+LARGEST_SHEAR = 0.5  # pixels, at the border of the image: COLMAP's cameras have no skew
+CACHED_IMAGES = 1024  # images whose keypoints are kept while pairs are verified
+
+
+class ColmapError(ValueError):
+    """What a COLMAP database cannot hold, or a place where it cannot be written."""
+
+
+@contextmanager
+def database(path: str) -> "Iterator[pycolmap.Database]":
+    """Open a new database. The file appears when the context ends without an error, whole, and replaces an older one.
+
+    Raises `ColmapError` for a path in a bucket, ImportError without pycolmap.
+    """
+    if files.is_uri(path) and not path.startswith("file://"):
+        raise ColmapError(f"{path} lies in a bucket, but SQLite needs random access: use a local file and copy it")
+    with files.atomic(path) as (_, inner):
+        with load_pycolmap().Database.open(inner) as db:
+            yield db
+        for leftover in ("-wal", "-shm"):  # of the older database: SQLite would replay them into the new one
+            files.remove(f"{path}{leftover}")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCamera:
+    """The camera of an image: how it is known (`KNOWN`, `EXIF` or `GUESSED`), and the camera for COLMAP.
+
+    shared: what images of one and the same camera have in common; None: this image has its own.
+    """
+
+    source: str
+    camera: "pycolmap.Camera"
+    shared: object
+
+
+def known_camera(camera: KnownCamera, size: tuple[int, int]) -> ImageCamera:
+    """The calibrated camera of an image of this size (width, height); images of equal calibration share it.
+
+    Raises `CamerasError` where it does not fit the size, `ColmapError` for a skew that COLMAP's models do not have.
+    """
+    fitted = camera.fitted(*size)
+    (fx, skew, cx), (_, fy, cy) = fitted.K[:2]
+    shear = abs(skew) / fy * max(cy, size[1] - cy)
+    if shear > LARGEST_SHEAR:
+        raise ColmapError(
+            f"K of {camera.name!r} has skew {skew:g}, which moves points by up to {shear:.2g} pixels (at most "
+            f"{LARGEST_SHEAR:g}): COLMAP has no camera model with skew; give K without it, or no cameras"
+        )
+    model, params = fitted.model, fitted.params
+    if model is None:
+        model, params = ("SIMPLE_PINHOLE", (fx, cx, cy)) if fx == fy else ("PINHOLE", (fx, fy, cx, cy))
+    return ImageCamera(KNOWN, _camera(model, params, size, True), (model, *size, *params))
+
+
+def guessed_camera(path: str, size: tuple[int, int]) -> ImageCamera:
+    """COLMAP's guess of the camera that took a photograph of this upright size (width, height): SIMPLE_RADIAL.
+
+    The focal length is that of its EXIF; images with the same camera and focal length there share one. Without, or
+    where the file cannot be read here, it is `FOCAL_FACTOR` times the long side.
+    """
+    local = not files.is_uri(path) and files.exists(path)
+    bitmap = load_pycolmap().Bitmap.read(path, False) if local else None
+    focal, maker = (bitmap.exif_focal_length(), bitmap.exif_camera_model()) if bitmap else (None, None)
+    width, height = size
+    params = (focal or FOCAL_FACTOR * max(size), width / 2, height / 2, 0.0)
+    camera = _camera("SIMPLE_RADIAL", params, size, bool(focal))
+    return ImageCamera(EXIF if focal else GUESSED, camera, (maker, *size, focal) if maker else None)
+
+
+def _camera(model: str, params: Iterable[float], size: tuple[int, int], calibrated: bool) -> "pycolmap.Camera":
+    width, height = size
+    camera = load_pycolmap().Camera(model=model, width=width, height=height, params=list(params))
+    camera.has_prior_focal_length = calibrated
+    return camera
+
+
+def camera_of(known: KnownCamera | None, size: tuple[int, int], path: Callable[[], str]) -> ImageCamera:
+    """The known camera of an image, or where there is none with intrinsics, or it is of another size, its guess.
+
+    `path` gives the file of the image, if it comes to guessing.
+    """
+    if known is None or known.K is None:
+        return guessed_camera(path(), size)
+    try:
+        return known_camera(known, size)
+    except CamerasError:
+        return replace(guessed_camera(path(), size), source=MISFIT)
+
+
+def add_images(db: "pycolmap.Database", cameras: Mapping[str, ImageCamera]) -> dict[str, int]:
+    """Write the images of these names and their cameras, each camera a rig of its own; returns the ids of images."""
+    pycolmap = load_pycolmap()
+    camera_ids: dict[object, int] = {}
+    ids = {name: number for number, name in enumerate(sorted(cameras), 1)}
+    with pycolmap.DatabaseTransaction(db):
+        for name, number in ids.items():
+            each = cameras[name]
+            shared = each.shared or name
+            if shared not in camera_ids:
+                camera_ids[shared] = each.camera.camera_id = db.write_camera(each.camera)
+                rig = pycolmap.Rig(rig_id=each.camera.camera_id)
+                rig.add_ref_sensor(each.camera.sensor_id)
+                db.write_rig(rig, use_rig_id=True)
+            image = pycolmap.Image(name=name, camera_id=camera_ids[shared], image_id=number)
+            db.write_image(image, use_image_id=True)
+            frame = pycolmap.Frame(frame_id=number, rig_id=camera_ids[shared])
+            frame.add_data_id(image.data_id)
+            db.write_frame(frame, use_frame_id=True)
+    return ids
+
+
+def add_keypoints(
+    db: "pycolmap.Database", ids: Mapping[str, int], parts: Iterable[Iterable[tuple[str, np.ndarray]]]
+) -> Iterator[int]:
+    """Write the keypoints (n, 2) of named images, a part in a transaction; yields the number of images of each."""
+    for part in parts:
+        written = 0
+        with load_pycolmap().DatabaseTransaction(db):
+            for name, keypoints in part:
+                db.write_keypoints(ids[name], keypoints)
+                written += 1
+        yield written
+
+
+def add_matches(
+    db: "pycolmap.Database", ids: Mapping[str, int], tables: Iterable[pa.Table], seed: int
+) -> Iterator[tuple[int, int]]:
+    """Write the matches of pairs (columns image0, image1, matches) and verify each pair; images lie in the database.
+
+    A pair is verified as COLMAP's own matcher would do it, with its default options, from the same seed, so that the
+    geometry of a pair follows from its matches and cameras alone. Yields for each table, a transaction, the numbers
+    of pairs and of those verified.
+    """
+    pycolmap = load_pycolmap()
+    keypoints = lru_cache(CACHED_IMAGES)(lambda number: db.read_keypoints(number).astype(np.float64))
+    cameras = lru_cache(CACHED_IMAGES)(lambda number: db.read_camera(db.read_image(number).camera_id))
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.random_seed = seed
+    kinds = pycolmap.TwoViewGeometryConfiguration
+    unusable = (kinds.UNDEFINED, kinds.DEGENERATE, kinds.WATERMARK)
+    with ThreadPoolExecutor(cpu_count()) as threads:
+        for table in tables:
+            sides = [[ids[name] for name in table[side].to_pylist()] for side in ("image0", "image1")]
+            pairs, found = [*zip(*sides, strict=True)], [each.astype(np.uint32) for each in matches_of(table)]
+            geometries = [
+                threads.submit(
+                    pycolmap.estimate_two_view_geometry,
+                    *(cameras(id0), keypoints(id0), cameras(id1), keypoints(id1), matches, options),
+                )
+                for (id0, id1), matches in zip(pairs, found, strict=True)
+            ]
+            verified = 0
+            with pycolmap.DatabaseTransaction(db):
+                for pair, matches, geometry in zip(pairs, found, geometries, strict=True):
+                    db.write_matches(*pair, matches)
+                    db.write_two_view_geometry(*pair, geometry.result())
+                    verified += geometry.result().config not in unusable
+            yield len(pairs), verified
