@@ -8,7 +8,8 @@ from markupsafe import Markup
 from vop.catalog import evenly_spread
 from vop.viz.matches import GAP, Photo, cell_size, layer, side_by_side, svg, use
 
-DRAWN = 100  # lines, and as many dots, at most
+DRAWN = 60  # lines, and as many dots, at most
+FEW = 20  # lines; so many or fewer are drawn bolder
 LONG_SIDE = 448  # units of a drawing
 
 
@@ -36,7 +37,7 @@ class Links:
 
     @property
     def count(self) -> int:
-        """Number of lines that stand for."""
+        """How many matches lines stand for."""
         return int(self.linked.sum())
 
     @property
@@ -54,7 +55,8 @@ def drawing_size(width: int, height: int) -> tuple[int, int]:
 def draw_links(left: Photo, right: Photo, links: Links, images: tuple[str, str]) -> Markup:
     """Two photographs with up to `DRAWN` lines, evenly chosen, and as many dots for the matches that have no line.
 
-    A line is of the class true, false (dashed) or open (its truth is not known). `images` are ids on the page.
+    A line is of the class true, false (dashed, and on top) or open (its truth is not known). `images` are ids on the
+    page.
     """
     cell = cell_size([left, right])
     corners = side_by_side(left, right, cell)
@@ -62,20 +64,23 @@ def draw_links(left: Photo, right: Photo, links: Links, images: tuple[str, str])
         points * photo.scaled_size + corner
         for points, photo, corner in zip((links.left, links.right), (left, right), corners, strict=True)
     ]
-    dots = [
-        Markup('<circle cx="{:.1f}" cy="{:.1f}" r="1.7"/>').format(*place[row])
-        for row in _chosen(~links.linked)
-        for place in places
-    ]
-    lines = [
-        Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
-            _kind(links, row), *places[0][row], *places[1][row]
-        )
-        for row in _chosen(links.linked)
-    ]
+    dots = [_dot(place[row]) for row in _chosen(~links.linked) for place in places]
+    shown = sorted(_chosen(links.linked), key=lambda row: _kind(links, row) == "false")
+    lines = [_line(_kind(links, row), *(place[row] for place in places)) for row in shown]
     photos = [use(image, corner) for image, corner in zip(images, corners, strict=True)]
-    label = f"{left.name} at the left, {right.name} at the right: {len(lines)} of {links.count} lines drawn"
-    return svg((2 * cell[0] + GAP, cell[1]), label, *photos, layer("links", [*dots, *lines]))
+    label = f"{left.name} at the left, {right.name} at the right: {len(lines)} of {links.count} matches drawn"
+    name = "links few" if len(lines) <= FEW else "links"
+    return svg((2 * cell[0] + GAP, cell[1]), label, *photos, layer(name, [*dots, *lines]))
+
+
+def _dot(place: np.ndarray) -> Markup:
+    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="1.6"/>').format(*place)
+
+
+def _line(kind: str, start: np.ndarray, end: np.ndarray) -> Markup:
+    ends = _dot(start) + _dot(end)
+    line = Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(*start, *end)
+    return Markup('<g class="{}">{}{}</g>').format(kind, line, ends)
 
 
 def _chosen(wanted: np.ndarray) -> list[int]:

@@ -1,5 +1,7 @@
 """The report of a run directory: gathers what the page shows from the pairs, the store and the images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,54 +10,88 @@ from vop import catalog, files, pairs
 from vop import config as configuration
 from vop.config import Config
 from vop.datasets.posed import OverlapTruth
-from vop.image import ImageError, decode
+from vop.features import FeatureStore
 from vop.pose.protocols import Evaluation
 from vop.quantised import widen
 from vop.run import Run, versions
 from vop.store import EmbeddingStore, Selection
+from vop.viz import plots
 from vop.viz.matches import Picture
+from vop.viz.photographs import photograph
+from vop.viz.pose_report import choice, ks_of
+from vop.viz.posed import judgeable, pose_report
 from vop.viz.report import Match, QueryPanel, Report, write_report
 
 WEAKEST = 20  # images listed as hard to pair
 SCORES = 200_000  # scores the histogram is drawn from, at most
+CURVES = ("curves.png", "curves.svg")  # of a run directory
 
 
 def write_page(config: Config, run: Run, truth: OverlapTruth | None, poses: Evaluation | None = None) -> str:
-    """Write report.html of a run and return its path."""
-    store = EmbeddingStore.open(run.counts["store"])
-    ranked = pairs.read_parquet(run.path("pairs.parquet"))
-    best = pairs.best_scores(ranked)
-    scores = ranked["weighted"].to_numpy()
+    """Write report.html of a run and return its path. `poses`: what a run found that judged relative poses."""
+    ranking = _ranking(config, run, truth) if "pairs" in run.counts else {"radius": None}
+    named = run.counts["root"] or run.counts["store"]
     report = Report(
-        title=f"vop {run.command}: {(run.counts['root'] or run.counts['store']).rstrip('/').rpartition('/')[2]}",
-        radius=run.counts["radius"],
-        summary=_cards(run),
-        panels=_panels(config, run, store, ranked, truth),
-        scores=scores[:: max(1, len(scores) // SCORES)],
-        best_scores=np.array(list(best.values())),
-        weakest=sorted(best.items(), key=lambda item: item[1])[:WEAKEST],
-        quarantined=list(catalog.quarantined(store.images())),
+        title=f"vop {run.command}: {named.rstrip('/').rpartition('/')[2]}",
+        summary=_cards(run, quarantined := _quarantined(run)),
+        quarantined=quarantined,
         timings=[(step, seconds) for step, seconds in run.timings.items() if step != "total"],
         metrics=_shown_metrics(run.metrics),
         chance={f"precision@{k}": run.metrics["chance"] for k in (1, 5, 10)} if "chance" in run.metrics else {},
         min_overlap=config.min_overlap,
         config_yaml=configuration.to_yaml(config),
         versions=versions(),
+        poses=None if poses is None else pose_report(config, run, poses),
+        **ranking,
     )
     files.write_bytes(run.path("report.html"), write_report(report).encode())
     return run.path("report.html")
 
 
-def _cards(run: Run) -> list[tuple[str, str]]:
+def write_curves(run: Run, poses: Evaluation) -> None:
+    """Write the cumulative error curves by themselves, curves.png and curves.svg; nothing where no truth is known."""
+    if not judgeable(run):
+        return
+    panels = {f"Queries, {choice(k)}": poses.curves(k) for k in ks_of(poses.results)}
+    for name in CURVES:
+        files.write_bytes(run.path(name), plots.curves_file(panels, name.rpartition(".")[2]))
+
+
+def _ranking(config: Config, run: Run, truth: OverlapTruth | None) -> dict:
+    """What the report says of a run that ranked pairs itself."""
+    store = EmbeddingStore.open(run.counts["store"])
+    ranked = pairs.read_parquet(run.path("pairs.parquet"))
+    best = pairs.best_scores(ranked)
+    scores = ranked["weighted"].to_numpy()
+    return {
+        "radius": run.counts["radius"],
+        "panels": _panels(config, run, store, ranked, truth),
+        "scores": scores[:: max(1, len(scores) // SCORES)],
+        "best_scores": np.array(list(best.values())),
+        "weakest": sorted(best.items(), key=lambda item: item[1])[:WEAKEST],
+    }
+
+
+def _quarantined(run: Run) -> list[tuple[str, str]]:
+    """The files that could not be used, for descriptors or for local features; each once."""
+    stores = [EmbeddingStore.open(run.counts["store"])] if "store" in run.counts else []
+    stores += [FeatureStore.open(run.counts["features"])] if "features" in run.counts else []
+    return [*dict.fromkeys(bad for store in stores for bad in catalog.quarantined(store.images()))]
+
+
+def _cards(run: Run, quarantined: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     counts = run.counts
-    cards = [("images", f"{counts['images']:,}"), ("pairs", f"{counts['pairs']:,}")]
-    if counts["queries"] != counts["images"]:
-        cards[1:1] = [("queries", f"{counts['queries']:,}"), ("database", f"{counts['database']:,}")]
-    return [
-        *cards,
-        ("images without a pair", f"{counts['queries'] - counts['queries_with_pairs']:,}"),
-        ("quarantined files", f"{counts['quarantined']:,}"),
-    ]
+    if "pairs" not in counts:
+        numbers = {
+            "images": counts["images_with_features"],
+            "pairs": counts["pairs_matched"] + sum(counts["pairs_unmatched"].values()),
+        }
+    else:
+        numbers = {"images": counts["images"]}
+        if counts["queries"] != counts["images"]:
+            numbers |= {"queries": counts["queries"], "database": counts["database"]}
+        numbers |= {"pairs": counts["pairs"], "images without a pair": counts["queries"] - counts["queries_with_pairs"]}
+    return [(name, f"{number:,}") for name, number in (numbers | {"quarantined files": len(quarantined)}).items()]
 
 
 def _shown_metrics(metrics: dict[str, object]) -> dict[str, float] | None:
@@ -90,15 +126,6 @@ def _pictures(run: Run, selection: Selection) -> dict[str, Picture]:
     _, patches = selection.read()
     sizes = map(tuple, selection.scaled_sizes.tolist())
     return {
-        name: Picture(*_photograph(run, name, size), size, widen(values))
+        name: Picture(*photograph(run.counts["root"], name, size), size, widen(values))
         for name, size, values in zip(selection.names, sizes, patches, strict=True)
     }
-
-
-def _photograph(run: Run, name: str, scaled_size: tuple[int, int]) -> tuple[str, np.ndarray]:
-    """What the page calls an image, and its RGB: plain grey, and said so, where the file is no longer at hand."""
-    try:
-        return name, decode(files.read_bytes(files.join(run.counts["root"], name)))
-    except (OSError, ImageError):
-        width, height = scaled_size
-        return f"{name} (the file cannot be read now)", np.full((height, width, 3), 200, np.uint8)

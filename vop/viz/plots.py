@@ -18,10 +18,17 @@ PAGE_COLORS = {INK: "currentColor", ACCENT: "var(--accent)"}
 PAGE_COLORS |= {color: f"var(--curve-{number})" for number, color in enumerate(CURVES)}
 
 # For paper and slides: the colours of Okabe and Ito, which the colour-blind tell apart, but for the yellow.
-SLIDE_COLORS = {"#0072b2": CURVES[0], "#d55e00": CURVES[1], "#009e73": CURVES[2], "#cc79a7": CURVES[3],
-                "#e69f00": CURVES[4], "#56b4e9": CURVES[5]}  # fmt: skip
-DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (11, 2)), (0, (3, 1, 1, 1, 1, 1)),
-          (0, (2.5, 2.5)), (0, (9, 1.5, 3, 1.5)))  # a curve has one of its own, so that colour is not needed
+SLIDE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = (
+    "-",
+    (0, (5, 2)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.5, 1.2, 1.5)),
+    (0, (11, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2.5, 2.5)),
+    (0, (9, 1.5, 3, 1.5)),
+)  # a curve has one of its own, so that colour is not needed
 MOST_DEGREES = 20  # right end of the error curves
 STEPS = 1000  # corners of one curve, at most
 
@@ -92,7 +99,7 @@ def error_curves(curves: Sequence[tuple[str, np.ndarray]], title: str, alt: str)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.9), layout="constrained")
         _draw_curves(figure.add_subplot(), curves, title, CURVES)
-        _legend(figure, [label for label, _ in curves], CURVES, columns=1 if len(curves) < 3 else 2)
+        _legend(figure, [label for label, _ in curves], columns=1 if len(curves) < 3 else 2)
         return _inline(figure, alt)
 
 
@@ -108,14 +115,13 @@ def curves_file(panels: Mapping[str, Sequence[tuple[str, np.ndarray]]], suffix: 
     Returns:
         The content of the file; the same curves give the same bytes with the same Matplotlib.
     """
-    style = STYLE | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "k")
-    colors = [*SLIDE_COLORS]
-    with matplotlib.rc_context(style | {"svg.fonttype": "path", "grid.color": "k"}):
+    black = dict.fromkeys((key for key, value in STYLE.items() if value == INK), "black")
+    with matplotlib.rc_context(STYLE | black | {"svg.fonttype": "path"}):
         figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
         parts = figure.subfigures(1, len(panels), squeeze=False)[0]
         for part, (title, curves) in zip(parts, panels.items(), strict=True):
-            _draw_curves(part.add_subplot(), curves, title, colors)
-            _legend(part, [label for label, _ in curves], colors, columns=1 if len(curves) < 3 else 2)
+            _draw_curves(part.add_subplot(), curves, title, SLIDE_COLORS)
+            _legend(part, [label for label, _ in curves], columns=1 if len(curves) < 3 else 2)
         content = io.BytesIO()
         undated = {"Date": None} if suffix == "svg" else {}
         figure.savefig(content, format=suffix, dpi=200, facecolor="white", metadata=undated)
@@ -152,22 +158,25 @@ def _draw_curves(axes: Axes, curves: Sequence[tuple[str, np.ndarray]], title: st
     axes.set_xticks([0, 5, 10, 15, 20], ["0°", "5°", "10°", "15°", "20°"])
     axes.set_yticks([0, 25, 50, 75, 100], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("pose error")
-    axes.set_ylabel("queries with a smaller error")
+    axes.set_ylabel("queries with at most this error")
     axes.grid()
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
 
 
-def _legend(figure: Figure, labels: Sequence[str], colors: Sequence[str], columns: int) -> None:
+def _legend(figure: Figure, labels: Sequence[str], columns: int) -> None:
     """Below the axes, where it hides no curve."""
     handles = [line for axes in figure.axes for line in axes.lines]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.6, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.6, fontsize=9
+    )
 
 
 def _inline(figure: Figure, alt: str) -> Markup:
     """The figure's `<svg>` in the page's colours, without what would reach beyond it: style sheet and unused ids."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text, undated = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": alt}):  # the ids of two plots on one page must differ
+        figure.savefig(text, format="svg", transparent=True, metadata=undated)
     svg = text.getvalue()
     svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)

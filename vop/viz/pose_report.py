@@ -1,4 +1,4 @@
-"""The report's section on relative poses: scores, error curves, and queries to look at. Pure, as `vop.viz.report` is."""
+"""The report's section on relative poses: scores, error curves, queries to look at. Pure, as `vop.viz.report` is."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 
-from vop.pose.results import AUC_THRESHOLDS, MEAN, POOLED, SCORES, case_of, rows_of
+from vop.pose.results import AUC_THRESHOLDS, MEAN, POOLED, SCORES, case_of
 from vop.viz import plots
 from vop.viz.links import Links, draw_links
 from vop.viz.matches import Photo
@@ -22,7 +22,7 @@ class PosedQuery:
     """A query and the pair that it is judged by."""
 
     why: str
-    """Why it is shown: worst, median or best."""
+    """Why it is shown: the worst, the median, the best."""
     query: Photo
     database: Photo
     rank: int
@@ -74,21 +74,26 @@ def section(report: PoseReport, add_photo: Callable[[Photo], str]) -> dict:
     """What the template is given; `add_photo` embeds a photograph and returns its id."""
     cases = _cases(report.results)
     protocol, estimator, k = report.headline
-    top = next(row for row in rows_of(report.results, MEAN) if case_of(row) == (protocol, estimator, "query", k))
+    scene = MEAN if report.judged else POOLED  # scenes in which nothing was judged have no part in the mean
+    headline = [row for row in report.results.to_pylist() if case_of(row) == (protocol, estimator, "query", k)]
+    top = next(row for row in headline if row["scene"] == scene)
     return {
         "report": report,
         "top": top | {key: shown(key, top[key]) for key in SCORES},
-        "scenes": len({*report.results["scene"].to_pylist()} - {MEAN, POOLED}),
+        "scenes": sum(row["judged"] > 0 for row in headline if row["scene"] not in (MEAN, POOLED)),
         "choice": choice(k),
         "tables": [_table(report, *case) for case in cases],
         "plots": [_plot(report, k) for unit, k in cases if unit == "query" and len(report.curves.get(k, ()))],
         "hidden": [name for name in ("unjudged", "left_out") if not any(report.results[name].to_pylist())],
         "without": sum(report.reasons.values()),
         "queries": [
-            {"query": each, "drawing": _drawing(each, add_photo), "right": each.error is not None and each.error < RIGHT}
+            {
+                "query": each,
+                "drawing": _drawing(each, add_photo),
+                "right": (each.error or 0) < RIGHT,
+            }
             for each in report.queries
         ],
-        "right": RIGHT,
     }
 
 
@@ -129,11 +134,13 @@ def _table(report: PoseReport, unit: str, k: int | None) -> dict:
     rows = [row for row in report.results.to_pylist() if (row["unit"], row["k"]) == (unit, k)]
     several = len({row["scene"] for row in rows} - {MEAN, POOLED}) > 1
     for row in sorted(rows, key=lambda row: row["protocol"] != report.headline[0]):
-        if several or row["scene"] not in (MEAN, POOLED):
+        told = report.judged or row["protocol"] == report.headline[0]  # what is chosen by its AUC needs one
+        if told and (several or row["scene"] not in (MEAN, POOLED)):
             line = row | {key: shown(key, row[key]) for key in SCORES}
             groups.setdefault((row["protocol"], row["estimator"]), []).append(line)
     return {
         "title": "Every listed pair by itself" if unit == "pair" else f"Queries, {choice(k)}",
+        "unit": "pairs" if unit == "pair" else "queries",
         "open": (unit, k) == ("query", report.headline[2]),
         "groups": [
             {"protocol": protocol, "estimator": estimator, "px": lines[0]["threshold_px"], "rows": lines}

@@ -14,9 +14,11 @@ from markupsafe import Markup
 
 from vop.image import thumbnail, to_jpeg
 from vop.viz import matches, plots
-from vop.viz.matches import Picture
+from vop.viz.matches import Photo, Picture
+from vop.viz.pose_report import PoseReport, section
 
 PHOTO_LONG_SIDE = 448
+POSED_LONG_SIDE = 720  # drawings of local matches are larger, and few
 PHOTO_QUALITY = 80
 QUARANTINE_SHOWN = 200
 
@@ -53,8 +55,9 @@ class Report:
 
     title: str
     """Heading of the page."""
-    radius: float
-    """Cosine distance below which two patches vote for each other."""
+    radius: float | None
+    """Cosine distance below which two patches vote for each other; None: nothing was ranked, and the page has no
+    section on that."""
     summary: Sequence[tuple[str, str]] = ()
     """(label, value) of the cards at the top: images, pairs, quarantined, time ..."""
     panels: Sequence[QueryPanel] = ()
@@ -79,6 +82,8 @@ class Report:
     """The resolved configuration."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package name to version."""
+    poses: PoseReport | None = None
+    """The section on relative poses; None: none were estimated."""
 
     def __post_init__(self):
         for name in ("scores", "best_scores"):
@@ -103,6 +108,7 @@ def write_report(report: Report) -> str:
     return environment.get_template("report.html").render(
         report=report,
         panels=[_panel(panel, report, photos) for panel in report.panels],
+        poses=report.poses and section(report.poses, lambda photo: photos.add(photo, POSED_LONG_SIDE)),
         photos=photos.elements,
         heat=matches.heat_stops(),
         plots=_histograms(report),
@@ -118,13 +124,13 @@ class _Photos:
     def __init__(self):
         self.elements: dict[str, Markup] = {}
 
-    def add(self, picture: Picture) -> str:
-        """The id of the picture's photograph on the page."""
-        jpeg = to_jpeg(thumbnail(picture.rgb, PHOTO_LONG_SIDE), PHOTO_QUALITY)
-        name = "photo-" + hashlib.sha256(jpeg + repr(picture.scaled_size).encode()).hexdigest()[:12]
+    def add(self, photo: Photo, long_side: int = PHOTO_LONG_SIDE) -> str:
+        """The id of a photograph on the page, reduced to `long_side` pixels."""
+        jpeg = to_jpeg(thumbnail(photo.rgb, long_side), PHOTO_QUALITY)
+        name = "photo-" + hashlib.sha256(jpeg + repr(photo.scaled_size).encode()).hexdigest()[:12]
         self.elements[name] = Markup(
             '<image id="{}" width="{}" height="{}" preserveAspectRatio="none" href="data:image/jpeg;base64,{}"/>'
-        ).format(name, *picture.scaled_size, base64.b64encode(jpeg).decode())
+        ).format(name, *photo.scaled_size, base64.b64encode(jpeg).decode())
         return name
 
 
