@@ -20,7 +20,7 @@ from vop.cameras import Cameras, KnownCamera
 from vop.geometry import pose_from_rt
 from vop.image import decode
 from vop.pose.protocols import evaluate
-from vop.pose.results import MEAN, POOLED, RESULTS, SCORES
+from vop.pose.results import COUNTS, MEAN, POOLED, RESULTS, SCORES
 from vop.pose_estimation import FEW, QUARANTINED, SCHEMA, UNKNOWN
 from vop.run import Run
 from vop.schema import PoseConfig
@@ -30,7 +30,7 @@ from vop.viz.matches import GAP, Photo
 from vop.viz.page import write_curves, write_page
 from vop.viz.plots import DASHES, STEPS, curves_file, error_curves, recall_steps
 from vop.viz.pose_report import PosedQuery, PoseReport, choice, ks_of
-from vop.viz.posed import illustrated, ranked, taken
+from vop.viz.posed import illustrated, shown_pairs, worst_first
 from vop.viz.report import Report, write_report
 
 INF = math.inf
@@ -200,28 +200,37 @@ def random_run(seed):
     rows = []
     for image0, image1 in {tuple(sorted((r["query"], r["database"]))) for r in listed.to_pylist()}:
         row = {"image0": image0, "image1": image1, "estimator": "opencv", "threshold": 1.5, "unrelated": False}
-        row |= {"matches": 20, "inliers": int(rng.integers(5, 9))}  # ties are common
-        kind = rng.integers(5)
+        row |= {"matches": 20, "inliers": int(rng.integers(5, 9)), "truth": True}  # ties are common
+        kind = rng.integers(6)
         if kind == 0:
-            row |= {"inliers": 0, "reason": FEW}
+            row |= {"inliers": 0, "reason": FEW, "truth": bool(rng.integers(2))}
         elif kind == 1:
             row["unrelated"] = True
+        elif kind == 2:
+            row["truth"] = False
         else:
             row |= {"rotation_error": rng.uniform(0, 9), "translation_error": rng.uniform(0, 9)}
         rows.append(row)
-    return listed, pa.Table.from_pylist(rows, schema=SCHEMA)
+    queries = pa.table({"query": names, "scene": [str(i % 2) for i in range(9)]})  # two of them list nothing
+    for column, share in (("known", 0.9), ("truth", 0.8)):
+        queries = queries.append_column(column, pa.array(rng.random(9) < share))
+    return listed, pa.Table.from_pylist(rows, schema=SCHEMA), queries
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_queries_are_shown_with_the_pair_that_they_are_judged_by(seed):
-    listed, poses = random_run(seed)
+    listed, poses, queries = random_run(seed)
+    listing = queries.filter(pa.compute.is_in(queries["query"], pa.array(listed["query"].unique())))
     settings = PoseConfig(estimators=["opencv"], thresholds=[], threshold=1.5, ks=[1, 3])
-    scenes = listed.append_column("scene", pa.array(["s"] * listed.num_rows))
-    evaluation = evaluate(scenes, poses, settings)
+    evaluation = evaluate(listed, poses, settings, listing)
     for k in (1, 3, None):
-        chosen = taken(listed, poses, k)
-        assert chosen["query"].to_pylist() == sorted({*listed["query"].to_pylist()})
-        shown = ranked(chosen, judged=True)
+        chosen = shown_pairs(listed, poses, queries, k)
+        known = listing.filter(listing["known"])["query"].to_pylist()
+        assert sorted(chosen["query"].to_pylist()) == known
+        assert {(row["query"], row["database"], row["rank"]) for row in chosen.to_pylist()} <= {
+            (row["query"], row["database"], row["rank"]) for row in listed.to_pylist() if k is None or row["rank"] < k
+        }
+        shown = worst_first(chosen, judged=True)
         errors = [
             INF if row["reason"] or row["unrelated"] else max(row["rotation_error"], row["translation_error"])
             for row in shown.to_pylist()
@@ -230,20 +239,22 @@ def test_queries_are_shown_with_the_pair_that_they_are_judged_by(seed):
 
 
 def test_without_truth_the_fewest_inliers_come_first():
-    listed, poses = random_run(1)
-    shown = ranked(taken(listed, poses, None), judged=False).to_pylist()
+    listed, poses, queries = random_run(1)
+    shown = worst_first(shown_pairs(listed, poses, queries, None), judged=False).to_pylist()
     inliers = [-1 if row["reason"] else row["inliers"] for row in shown]
     assert inliers == sorted(inliers)
-    assert len(inliers) == 7
+    asking = {*listed["query"].to_pylist()} & {row["query"] for row in queries.to_pylist() if row["known"]}
+    assert sorted(row["query"] for row in shown) == sorted(asking)
 
 
 def test_a_query_that_cannot_be_judged_is_not_shown_among_the_judged():
-    listed, poses = random_run(2)
-    poses = poses.set_column(
-        poses.schema.get_field_index("translation_error"), "translation_error", pa.nulls(len(poses), pa.float32())
-    )
-    shown = ranked(taken(listed, poses, None), judged=True).to_pylist()
+    listed, poses, queries = random_run(2)
+    poses = poses.set_column(poses.schema.get_field_index("truth"), "truth", poses["unrelated"])
+    shown = worst_first(shown_pairs(listed, poses, queries, None), judged=True).to_pylist()
+    assert shown
     assert all(row["reason"] or row["unrelated"] for row in shown)
+    truth = dict(zip(queries["query"].to_pylist(), queries["truth"].to_pylist(), strict=True))
+    assert all(truth[row["query"]] for row in shown)
 
 
 SIX = ("worst", "2", "3", "4", "median", "best")
@@ -269,7 +280,7 @@ def result_row(scene, protocol, k, unit="query", seed=0, **more):
     rng = np.random.default_rng([seed, *f"{scene}{protocol}{k}{unit}".encode()])
     row = {"scene": scene, "unit": unit, "k": k, "protocol": protocol, "estimator": "opencv"}
     row |= {"threshold_px": 1.5 if protocol == "fixed" else 0.5}
-    row |= {name: int(rng.integers(100, 10_000)) for name in ("judged", "failed", "unrelated", "unjudged", "left_out")}
+    row |= {name: int(rng.integers(100, 10_000)) for name in COUNTS}
     return row | {name: float(rng.random() * (1 if "@" in name else 900)) for name in SCORES} | more
 
 
@@ -385,6 +396,7 @@ def test_without_truth_inliers_are_told_and_no_score():
     assert "no true poses of these images are known" in page.words
     pooled = rows[-1]
     assert f"median inliers {pooled['median_inliers']:.0f} mean matches {pooled['mean_matches']:.0f}" in page.words
+    assert f"queries without a pose {pooled['unposed']:,} of {pooled['unjudged']:,}" in page.words
     assert "AUC" not in page.words
     assert "paper" not in page.words
     assert not [svg for svg in page.all("svg") if svg.get("class") == "plot"]
@@ -414,6 +426,7 @@ def run(tmp_path):
     for pair in pairs.unordered(listed).to_pylist():
         names = pair["image0"], pair["image1"]
         row = pair | {"estimator": "opencv", "threshold": 1.5, "unrelated": False, "matches": 0, "inliers": 0}
+        row["truth"] = {*names} <= {*NAMES} and names[0] != names[1]
         if LOST in names:
             row["reason"] = QUARANTINED
         elif not {*names} <= {*NAMES} or names == FAILED or names[0] == names[1]:
@@ -431,8 +444,9 @@ def run(tmp_path):
         rows.append(row)
     poses = pa.Table.from_pylist(rows, schema=SCHEMA)
     queries = pa.table({"query": NAMES, "scene": [name[0] for name in NAMES], "known": [True] * len(NAMES)})
+    queries = queries.append_column("truth", queries["known"])
     listed = listed.filter(pa.compute.is_in(listed["query"], pa.array(NAMES)))
-    for name, table in (("listed", listed), ("poses", poses)):
+    for name, table in (("listed", listed), ("poses", poses), ("queries", queries)):
         pq.write_table(table, f"{output}/{name}.parquet")
     counts = {"root": str(tmp_path / "images"), "features": cfg.features_path, "matches": cfg.matches_path}
     counts |= {"images_with_features": 8, "pairs_matched": 16, "pairs_unmatched": {UNKNOWN: 1, QUARANTINED: 1}}
@@ -491,8 +505,15 @@ def test_the_page_says_so_where_stores_and_photographs_are_gone(run, tmp_path):
 
 
 def test_the_page_of_a_run_whose_truth_is_unknown(run):
-    cfg, job, evaluation = run
+    cfg, job, _ = run
     known_cameras(posed=False).write(job.path("cameras.parquet"))
+    listed, poses, queries = (pq.read_table(job.path(f"{name}.parquet")) for name in ("listed", "poses", "queries"))
+    nothing = {"truth": False, "unrelated": False, "rotation_error": None, "translation_error": None}
+    poses = pa.Table.from_pylist([row | nothing for row in poses.to_pylist()], schema=SCHEMA)
+    queries = queries.set_column(3, "truth", pa.array([False] * len(NAMES)))
+    for name, table in (("poses", poses), ("queries", queries)):
+        pq.write_table(table, job.path(f"{name}.parquet"))
+    evaluation = evaluate(listed, poses, cfg.pose, queries)
     html = Path(write_page(cfg, job, None, evaluation)).read_text()
     drawn = figures(html)
     assert drawn[0][0].startswith("fewest inliers")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vop.metrics import pose_auc
-from vop.pose.protocols import POSES, Evaluation, evaluate, thresholds
+from vop.pose.listed import Listed, queries_of
+from vop.pose.protocols import POSES, Evaluation, evaluate, taken, thresholds
 from vop.pose.results import MEAN, POOLED, RESULTS, markdown, metrics
 from vop.schema import PoseConfig
 
@@ -31,7 +32,7 @@ def pose_row(a, b, inliers=None, rotation=None, translation=None, threshold=1.0,
     """A row of poses; without inliers there is no pose."""
     row = {"image0": min(a, b), "image1": max(a, b), "estimator": estimator, "threshold": threshold, "matches": 50}
     row |= {"inliers": inliers, "rotation_error": rotation, "translation_error": translation, "unrelated": False}
-    return row | {"reason": None if inliers is not None else "degenerate geometry"} | more
+    return row | {"truth": True, "reason": None if inliers is not None else "degenerate geometry"} | more
 
 
 def poses_table(rows):
@@ -126,16 +127,83 @@ def test_another_world_is_a_failure_with_inliers():
 def test_without_a_true_direction_nothing_is_judged():
     """q1's pair has no baseline, q2's database image no known pose: both are left out, and counted."""
     ranked = ranked_table([("q1", "d1", 0, "s"), ("q2", "d2", 0, "s"), ("q3", "d3", 0, "s")])
-    poses = [pose_row("q1", "d1", 40, 2, None), pose_row("q2", "d2", 30), pose_row("q3", "d3", 20, 1, 2.5)]
+    unknown = pose_row("q1", "d1", 40, 2, None, truth=False)
+    poses = [unknown, pose_row("q2", "d2", 30, truth=False), pose_row("q3", "d3", 20, 1, 2.5)]
     poses = evaluate(ranked, poses_table(poses), ONE)
     row = row_of(poses, scene="s", unit="query", k=1)
     assert (row["judged"], row["failed"], row["unjudged"]) == (1, 0, 2)
     assert row["auc@5"] == pytest.approx((1.25 + 2.5) / 5)
     assert (row["median_rotation_deg"], row["median_translation_deg"]) == (1, 2.5)
-    none = evaluate(ranked_table([("q1", "d1", 0, "s")]), poses_table([pose_row("q1", "d1", 40, 2, None)]), ONE)
+    none = evaluate(ranked_table([("q1", "d1", 0, "s")]), poses_table([unknown]), ONE)
     row = row_of(none, scene=MEAN, unit="query", k=1)
     assert (row["judged"], row["auc@5"], row["median_rotation_deg"]) == (0, None, None)
-    assert "–" in markdown(none.results)
+
+
+# (true pose of the query known, its pair: inliers or None, truth, unrelated) -> count, error
+CASES = {
+    "failed": (True, None, True, False, "failed", INF),
+    "failed, and no pair could have been judged": (True, None, False, False, "failed", INF),
+    "failed, and no pose could have been true": (True, None, True, True, "failed", INF),
+    "an invention": (True, 9, True, True, "unrelated", INF),
+    "right": (True, 9, True, False, None, 3),
+    "with an image of unknown pose": (True, 9, False, False, "unjudged", None),
+    "unknown, posed": (False, 9, False, False, "unjudged", None),
+    "unknown, not posed": (False, None, False, False, "unposed", None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_judged_depends_on_the_truth_and_not_on_success(case):
+    known, inliers, truth, unrelated, count, error = CASES[case]
+    errors = (2, 3) if truth and inliers and not unrelated else (None, None)
+    poses = poses_table([pose_row("q", "d", inliers, *errors, truth=truth, unrelated=unrelated)])
+    queries = pa.table({"query": ["q"], "scene": ["s"], "known": [True], "truth": [known]})
+    found = evaluate(ranked_table([("q", "d", 0, "s")]), poses, ONE, queries)
+    row = row_of(found, scene="s", unit="query", k=1)
+    names = ("judged", "failed", "unrelated", "unjudged", "unposed")
+    expected = {"judged": error is not None, "unjudged": error is None} | ({count: True} if count else {})
+    assert [row[name] for name in names] == [expected.get(name, False) for name in names]
+    assert found.errors["fixed", "opencv", 1].tolist() == ([] if error is None else [error])
+    assert row["auc@5"] == (None if error is None else pytest.approx(0 if error == INF else (1.5 + 2) / 5))
+    assert found.judged == (error is not None or truth)
+    # the pair by itself: that its query failed says nothing where nobody knows what is true
+    pair = row_of(found, scene="s", unit="pair")
+    if not truth:
+        count = "unjudged" if inliers else "unposed"
+    expected = {"judged": truth, "unjudged": not truth} | ({count: True} if count else {})
+    assert [pair[name] for name in names] == [expected.get(name, False) for name in names]
+
+
+def test_a_run_without_any_true_pose_has_no_score():
+    """Its failures alone would make an AUC of 0."""
+    poses = poses_table([row | {"truth": False, "rotation_error": None, "translation_error": None} for row in POSED])
+    queries = pa.table({"query": ["q1", "q2", "q3"], "scene": ["s"] * 3, "known": [True] * 3, "truth": [False] * 3})
+    found = evaluate(RANKED, poses, ONE, queries)
+    assert not found.judged
+    assert found.curves(1) == []
+    flat = metrics(found.results, ONE)
+    assert (flat["auc@5"], flat["judged"], flat["failed"], flat["unjudged"], flat["unposed"]) == (None, 0, 0, 3, 2)
+    assert [row["median_inliers"] for row in found.results.to_pylist() if row["scene"] == "s"] == [20, 20, 20, 25]
+    text = markdown(found.results)
+    assert "Nothing could be judged" in text
+    assert "AUC@5" not in text
+    assert "| protocol | estimator | px | scene | median inliers | mean matches | unjudged | unjudged, no pose |" in text
+
+
+def test_ties_are_settled_by_rank_and_queries_without_a_pose_take_no_pair():
+    listed = Listed.of(RANKED, queries_of(RANKED))
+    inliers = {("d1", "q1"): 20, ("d2", "q1"): 30, ("d3", "q1"): 30, ("d1", "q2"): 10}
+    pair = listed.positions(pa.chunked_array([[a for a, _ in inliers]]), pa.chunked_array([[b for _, b in inliers]]))
+    of_keys = np.full(len(listed.keys), -1)
+    of_keys[pair] = [*inliers.values()]
+    first, second, every = (taken(listed, of_keys, k) for k in (1, 2, None))
+    rows = [[None if row < 0 else int(listed.rows[row]) for row in found] for found in (first, second, every)]
+    assert rows == [[2, None, None], [1, 0, None], [1, 0, None]]  # rows of RANKED, of q1, q2, q3
+
+
+def test_poses_of_another_version_are_refused():
+    with pytest.raises(ValueError, match=r"lack the columns \['truth'\].*Run relative-pose again"):
+        evaluate(RANKED, poses_table(POSED).drop_columns("truth"), ONE)
 
 
 def test_queries_without_pairs_or_camera():
@@ -186,7 +254,8 @@ def test_the_paper_takes_the_best_threshold_of_the_mean():
     # pooled: 1, 1, 4 of 3 queries: (1, 1/3) (1, 2/3) (4, 1), level: 1/6 + 5/2 + 1
     pooled = row_of(found, scene=POOLED, unit="query", k=1, protocol="paper")
     assert (pooled["auc@5"], pooled["judged"]) == (pytest.approx((1 / 6 + 5 / 2 + 1) / 5), 3)
-    assert [label for label, _ in found.curves(1)] == ["opencv, paper, 2 px", "opencv, fixed, 1.5 px"]
+    assert [label for label, _ in found.curves(1)] == ["opencv, fixed, 1.5 px", "opencv, paper, 2 px"]
+    assert found.results["protocol"].to_pylist()[0] == "fixed"
     flat = metrics(found.results, config)
     assert flat["paper/opencv/k1/auc@5"] == flat["paper/opencv/pairs/auc@5"] == 0.725
     assert flat["paper/opencv/k1/threshold_px"] == 2
@@ -222,26 +291,45 @@ def test_nothing_ranked():
 
 def test_tables_to_read():
     text = markdown(evaluate(RANKED, poses_table(POSED), ONE).results)
-    assert text.count("### ") == 4  # k = 1, k = 2, all, pairs
-    assert "### Queries, by the best of their first 2 pairs" in text
+    head, *sections = text.split("### ")
+    assert [section.splitlines()[0] for section in sections] == [
+        "Queries, by their first pair",
+        "Queries, by the best of their first 2 pairs",
+        "Every listed pair",
+    ]
+    assert "The best of all their pairs gives the same table." in sections[1]
+    assert "`fixed`" in head and "`paper`" not in head  # of which there is none
     assert MEAN not in text  # of one scene it would only repeat it
-    lines = [line for line in text.splitlines() if line.startswith("| fixed")]
-    assert lines[0] == "| fixed | opencv | 1 | s | 20.0 | 26.7 | 30.0 | – | – | 20 | 50 | 3 | 2 | 0 | 0 | 0 |"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    titles = ["protocol", "estimator", "px", "scene", "AUC@5°", "@10°", "@20°", "median R (°)", "median t (°)"]
+    titles += ["median inliers", "mean matches", "judged", "no pose"]  # nothing else has anything to tell
+    assert rows[0] == titles
+    assert rows[2] == ["fixed", "opencv", "1", "s", "20.0", "26.7", "30.0", "–", "–", "20", "50", "3", "2"]
+
+
+def test_tables_of_several_scenes_and_protocols():
     ranked = ranked_table([("q1", "d", 0, "a|b"), ("q2", "d", 0, "c")])
-    text = markdown(evaluate(ranked, poses_table([pose_row(q, "d", 9, 1, 1) for q in ("q1", "q2")]), ONE).results)
-    rows = [line for line in text.splitlines() if line.startswith("| fixed")]
+    config = PoseConfig(estimators=["opencv"], thresholds=[1.0], threshold=1.0, ks=[1, 5])
+    poses = [pose_row("q1", "d", 9, 1, 1), pose_row("q2", "d", 9, 1, 1, unrelated=True)]
+    text = markdown(evaluate(ranked, poses_table(poses), config).results)
+    assert "very queries or pairs" in text  # how `paper` chooses
+    assert text.count("### ") == 2
+    assert "The best of their first 5 pairs or of all their pairs gives the same table." in text
+    rows = [line for line in text.splitlines() if line.startswith(("| fixed", "| paper"))]
     assert [row.split(" | ")[3] for row in rows[:4]] == ["a\\|b", "c", MEAN, POOLED]
-    assert all(row.replace("\\|", "").count("|") == 17 for row in rows)
+    assert [row.split(" | ")[0] for row in rows[:8]] == ["| fixed"] * 4 + ["| paper"] * 4
+    assert [row.split(" | ")[-1] for row in rows[:4]] == ["0 |", "1 |", "1 |", "1 |"]  # wrong world
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
 
 
 def brute_force(ranked, poses, queries, k, estimator, threshold, unit):
-    """By scene: (errors of the judged, failed, unrelated, unjudged, left out), one query at a time."""
+    """By scene: (errors of the judged, failed, unrelated, unjudged, unposed, left out), one query at a time."""
     scenes = {}
-    for query, scene, known in queries:
-        errors, *counts = scenes.setdefault(scene, ([], [0], [0], [0], [0]))
+    for query, scene, known, truth in queries:
+        errors, *counts = scenes.setdefault(scene, ([], [0], [0], [0], [0], [0]))
         listed = sorted((rank, database) for q, database, rank in ranked if q == query)
         if not known:
-            counts[3][0] += 1 if unit == "query" else len(listed)
+            counts[4][0] += 1 if unit == "query" else len(listed)
             continue
         found = [poses[min(query, d), max(query, d), estimator, threshold] for _, d in listed]
         if unit == "query":
@@ -251,14 +339,17 @@ def brute_force(ranked, poses, queries, k, estimator, threshold, unit):
                     best = row
             found = [best]
         for row in found:
-            if row is None or row["reason"] is not None:
+            posed = row is not None and row["reason"] is None
+            of_what = truth if unit == "query" else row["truth"]
+            if not of_what or posed and not row["truth"]:
+                counts[2][0] += 1
+                counts[3][0] += not posed
+            elif not posed:
                 counts[0][0] += 1
                 errors.append(INF)
             elif row["unrelated"]:
                 counts[1][0] += 1
                 errors.append(INF)
-            elif row["rotation_error"] is None or row["translation_error"] is None:
-                counts[2][0] += 1
             else:
                 errors.append(max(row["rotation_error"], row["translation_error"]))
     return {scene: (sorted(errors), *(count[0] for count in counts)) for scene, (errors, *counts) in scenes.items()}
@@ -269,9 +360,10 @@ def brute_force(ranked, poses, queries, k, estimator, threshold, unit):
 def test_against_the_definition(seed):
     rng = np.random.default_rng(seed)
     names = [f"n{i}" for i in range(rng.integers(2, 9))]
-    queries = [(n, f"s{rng.integers(3)}", bool(rng.random() < 0.85)) for n in names if rng.random() < 0.8]
+    chances = [(name, *rng.random(3)) for name in names]
+    queries = [(n, f"s{rng.integers(3)}", bool(a < 0.85), bool(b < 0.8)) for n, a, b, c in chances if c < 0.8]
     ranked = []
-    for query, _, _ in queries:
+    for query, *_ in queries:
         others = rng.permutation([name for name in names if name != query])[: rng.integers(0, 6)]
         ranked += [(query, str(other), rank) for rank, other in enumerate(others)]
     ranked = [ranked[i] for i in rng.permutation(len(ranked))]
@@ -290,11 +382,13 @@ def test_against_the_definition(seed):
                     elif kind < 0.3:
                         row |= {"unrelated": True, "rotation_error": None, "translation_error": None}
                     elif kind < 0.4:
-                        row |= {"translation_error": None}
+                        row |= {"translation_error": None, "truth": False}
+                    elif kind < 0.5:
+                        row = pose_row(a, b, [None, 6][rng.integers(2)], truth=False)
                     rows.append(row | {"estimator": estimator, "threshold": threshold})
     by_key = {(row["image0"], row["image1"], row["estimator"], row["threshold"]): row for row in rows}
-    columns = list(zip(*queries, strict=True)) or [(), (), ()]
-    types = {"query": pa.string(), "scene": pa.string(), "known": pa.bool_()}
+    columns = list(zip(*queries, strict=True)) or [(), (), (), ()]
+    types = {"query": pa.string(), "scene": pa.string(), "known": pa.bool_(), "truth": pa.bool_()}
     query_table = pa.table({n: pa.array(c, t) for (n, t), c in zip(types.items(), columns, strict=True)})
     table = ranked_table([(*row, "") for row in ranked])
     found = evaluate(table, poses_table([rows[i] for i in rng.permutation(len(rows))]), config, query_table)
@@ -314,7 +408,8 @@ def test_against_the_definition(seed):
                 for scene, (errors, *counts) in tried[at].items():
                     row = by_case[(scene, *case)]
                     assert row["threshold_px"] == at
-                    assert [row[key] for key in ("failed", "unrelated", "unjudged", "left_out")] == counts
+                    names = ("failed", "unrelated", "unjudged", "unposed", "left_out")
+                    assert [row[key] for key in names] == counts
                     assert row["judged"] == len(errors)
                     if errors:
                         assert [row[f"auc@{at}"] for at in (5, 10, 20)] == pytest.approx(pose_auc(np.array(errors)))

@@ -15,7 +15,7 @@ from vop.run import Run
 from vop.stages import cluster
 from vop.steps import embeddings, exports, matches, poses
 from vop.steps import pairs as ranking
-from vop.steps.report import reported
+from vop.steps.report import known_overlaps, reported
 from vop.store import EmbeddingStore
 from vop.viz.page import write_page
 
@@ -123,7 +123,7 @@ def report(config: Config) -> Run:
     posed = poses.judged_again(recorded, job) if job.command == "relative-pose" else None
     if "pairs" not in job.counts and posed is None:
         raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")
-    job.report = write_page(recorded, job, None if recorded.truth is None else overlap_truth(recorded.truth), posed)
+    job.report = write_page(recorded, job, known_overlaps(recorded, job), posed)
     return job
 
 

@@ -74,7 +74,7 @@ class PoseEstimation:
     def _poses(self, pair: dict, seen: list, indices: np.ndarray | None, known: list) -> Iterator[dict]:
         """The rows of a pair, one per estimator and threshold."""
         true, unrelated = _relation(*known)
-        row = {"image0": pair["image0"], "image1": pair["image1"], "unrelated": unrelated, "reason": None}
+        row = {"image0": pair["image0"], "image1": pair["image1"], "reason": None} | _told(true, unrelated)
         row |= {"matches": 0 if indices is None else len(indices), "inliers": 0}
         try:
             points, cameras = _points(seen, indices, known)
@@ -88,12 +88,13 @@ class PoseEstimation:
                 yield line
 
 
-def unmatched(image0: str, image1: str, reason: str, config: PoseConfig) -> Iterator[dict]:
-    """The rows of a pair that was never matched."""
+def unmatched(image0: str, image1: str, reason: str, config: PoseConfig, cameras: Cameras) -> Iterator[dict]:
+    """The rows of a pair that was never matched; one that should have a pose counts as one without."""
+    row = {"image0": image0, "image1": image1, "matches": 0, "inliers": 0, "reason": reason}
+    row |= _told(*_relation(cameras.get(image0), cameras.get(image1)))
     for name in config.estimators:
         for threshold in thresholds(config):
-            yield {"image0": image0, "image1": image1, "estimator": name, "threshold": threshold,
-                   "matches": 0, "inliers": 0, "unrelated": False, "reason": reason}  # fmt: skip
+            yield row | {"estimator": name, "threshold": threshold}
 
 
 def _points(seen: list, indices: np.ndarray | None, known: list[KnownCamera | None]):
@@ -124,6 +125,12 @@ def _relation(camera0: KnownCamera | None, camera1: KnownCamera | None) -> tuple
     return camera1.cam_from_world @ invert(camera0.cam_from_world), False
 
 
+def _told(true: np.ndarray | None, unrelated: bool) -> dict[str, bool]:
+    """The columns that say whether a pose of the pair can be judged."""
+    comparable = true is not None and np.linalg.norm(true[:3, 3]) >= metrics.MIN_BASELINE
+    return {"unrelated": unrelated, "truth": unrelated or bool(comparable)}
+
+
 def _judged(pose: RelativePose | None, true: np.ndarray | None) -> dict:
     """What an estimated pose adds to its row."""
     if pose is None:
@@ -132,5 +139,6 @@ def _judged(pose: RelativePose | None, true: np.ndarray | None) -> dict:
     if true is not None:
         R, t = pose.cam1_from_cam0[:3, :3], pose.cam1_from_cam0[:3, 3]
         found["rotation_error"] = float(metrics.rotation_error(R, true[:3, :3]))
-        found["translation_error"] = float(metrics.translation_error(t, true[:3, 3]))
+        angle = float(metrics.translation_error(t, true[:3, 3]))
+        found["translation_error"] = None if np.isnan(angle) else angle
     return found

@@ -145,15 +145,24 @@ class Run:
         if "pairs_without_pose" not in counts:
             return []
         lines = [f"  no pose      {number} pairs: {why}" for why, number in counts["pairs_without_pose"].items()]
-        if scores.get("auc@5") is None:
-            return [*lines, "  relative poses were not judged: no true pose is known of the listed pairs"]
+        beside = f"; {scores['left_out']} more have no known intrinsics" if scores["left_out"] else ""
+        if not scores["judged"]:
+            found = scores["unjudged"] - scores["unposed"]
+            return [
+                *lines,
+                f"  relative poses of {found} of {scores['unjudged']} queries were estimated{beside}",
+                "    nothing could be judged: no true pose is known, or none with a baseline",
+            ]
+        if scores["unjudged"]:
+            beside = f"; {scores['unjudged']} more cannot be judged, their truth is unknown{beside}"
         area = ", ".join(f"AUC@{degrees} {100 * scores[f'auc@{degrees}']:.1f}" for degrees in (5, 10, 20))
+        choice = f"of the first {scores['k']}" if scores["k"] else "of all"
         return [
             *lines,
-            f"  relative poses of {scores['judged']} queries, {scores['failed']} without one, {scores['unrelated']} "
-            f"with one between scenes (protocol {scores['protocol']}, {scores['estimator']}, "
-            f"{scores['threshold_px']:g} px, the pair with most inliers of the first {scores['k']}):",
-            f"    {area} (percent)   all protocols in results.md",
+            f"  relative poses of {scores['judged']} queries judged: {scores['failed']} without one, "
+            f"{scores['unrelated']} with one between scenes{beside}",
+            f"    {area} (percent; protocol {scores['protocol']}, {scores['estimator']}, "
+            f"{scores['threshold_px']:g} px, by the pair with most inliers {choice})   all in results.md",
         ]
 
     def _exports(self) -> list[str]:

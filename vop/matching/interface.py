@@ -12,6 +12,8 @@ import numpy as np
 from vop.features import LocalFeatures
 from vop.matches import Matches
 
+SMALLEST = 32  # pixels; networks that reduce an image by 32 find nothing in a smaller one, or fail
+
 
 class Extractor(ABC):
     """Finds and describes the keypoints of one image; `width` is the length D of a descriptor."""
@@ -63,6 +65,11 @@ def strongest(
         size=tuple(size),
         scaled=tuple(scaled),
     )
+
+
+def nothing(width: int, size: tuple[int, int], scaled: tuple[int, int]) -> LocalFeatures:
+    """The features of an image without keypoints; `width` is D."""
+    return strongest(np.empty((0, 2)), np.empty(0), np.empty((0, width)), size, scaled, 0)
 
 
 def seen(features: LocalFeatures) -> np.ndarray:

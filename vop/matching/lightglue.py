@@ -48,7 +48,10 @@ def load_network(net: nn.Module, tensors: dict[str, torch.Tensor], source: str) 
 
 
 class LightGlueMatcher(Matcher):
-    """Matches pairs in batches of `matching.batch_pairs`; pairs of similar size share a batch, so padding is small."""
+    """Matches pairs in batches of `matching.batch_pairs`; pairs of similar size share a batch, so padding is small.
+
+    `padded` is set on a GPU; the results are the same without.
+    """
 
     def __init__(self, net: nn.Module, config: MatchingConfig, device: str):
         self.device = torch.device(device)
@@ -79,6 +82,24 @@ class LightGlueMatcher(Matcher):
         sides = [Points.of(self.net, [pair[side] for pair in pairs], self.device, dtype) for side in (0, 1)]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return list(_forward(self.net, *sides, self.padded))
+
+
+@torch.inference_mode()
+def alone(net: nn.Module, features0: LocalFeatures, features1: LocalFeatures) -> dict[str, torch.Tensor]:
+    """What the library's own forward says of one pair (`matches`, `scores`, `stop`, ...): the measure of this module.
+
+    For tests and benchmarks: it neither batches nor shortens anything.
+    """
+    device = next(net.parameters()).device
+    sides = {
+        name: {
+            "keypoints": torch.tensor(seen(features), device=device)[None],
+            "descriptors": torch.tensor(features.descriptors, dtype=torch.float32, device=device)[None],
+            "image_size": torch.tensor(features.scaled, device=device)[None],
+        }
+        for name, features in (("image0", features0), ("image1", features1))
+    }
+    return net(sides)
 
 
 @dataclass
@@ -130,7 +151,7 @@ class Points:
 def _forward(
     net: nn.Module, points0: Points, points1: Points, padded: bool
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(row, indices (m, 2), scores (m,)) of each pair as it finishes; one that loses all points of an image is left out."""
+    """(row, indices (m, 2), scores (m,)) of each pair as it finishes; a pair that loses all its points is left out."""
     rows, totals = np.arange(len(points0.counts)), np.add(points0.counts, points1.counts)
     for i, layer in enumerate(net.transformers):
         _attend(layer, points0, points1, padded)
@@ -144,7 +165,8 @@ def _forward(
                 points.count(values < net.confidence_thresholds[i])
                 for points, values in zip((points0, points1), confidence, strict=True)
             )
-            done = 1.0 - unsure / totals > net.conf.depth_confidence
+            # float32, as in the library: with few points ratios fall exactly on the threshold
+            done = 1 - np.float32(unsure) / np.float32(totals) > np.float32(net.conf.depth_confidence)
             yield from _assign(net, i, points0, points1, rows, done)
         kept = [_kept(net, i, points, values) for points, values in zip((points0, points1), confidence, strict=True)]
         going = ~done & (points0.count(kept[0]) > 0) & (points1.count(kept[1]) > 0)
@@ -155,7 +177,7 @@ def _forward(
 
 
 def _kept(net: nn.Module, i: int, points: Points, confidence: torch.Tensor | None) -> torch.Tensor:
-    """(T,) bool: the points that go on after layer i. An image with few points keeps all of them, as the library says."""
+    """(T,) bool: the points that go on after layer i. An image with few points keeps them all, as in the library."""
     if net.conf.width_confidence <= 0:
         return torch.ones_like(points.index, dtype=torch.bool)
     keep = net.get_pruning_mask(confidence, net.log_assignment[i].get_matchability(points.tokens), i)

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from vop.features import LocalFeatures
-from vop.matching.interface import Extractor, Matcher, strongest
+from vop.matching.interface import SMALLEST, Extractor, Matcher, nothing, strongest
 from vop.matching.packages import is_installed, version
 from vop.schema import MatchingConfig
 
@@ -64,7 +64,10 @@ def identity(config: MatchingConfig) -> dict:
 
 
 class PretrainedExtractor(Extractor):
-    """One of the package's extractors with its own thresholds; always in float32, for rounding moves keypoints."""
+    """One of the package's extractors with its own thresholds; always in float32, for rounding moves keypoints.
+
+    An image smaller than 32 pixels has none.
+    """
 
     def __init__(self, package: ModuleType, features: str, max_keypoints: int, device: str):
         import torch
@@ -77,12 +80,15 @@ class PretrainedExtractor(Extractor):
         """Local features of an image; see `Extractor`."""
         import torch
 
+        scaled = rgb.shape[1], rgb.shape[0]
+        if min(scaled) < SMALLEST:
+            return nothing(self.width, size, scaled)
         with torch.inference_mode():
             found = self.net({"image": torch.tensor(rgb, device=self.device).permute(2, 0, 1)[None] / 255})
         keypoints, scores, descriptors = (
             found[name][0].cpu().numpy() for name in ("keypoints", "keypoint_scores", "descriptors")
         )
-        return strongest(keypoints, scores, descriptors, size, (rgb.shape[1], rgb.shape[0]), self.max_keypoints)
+        return strongest(keypoints, scores, descriptors, size, scaled, self.max_keypoints)
 
 
 def open_extractor(config: MatchingConfig, device: str) -> PretrainedExtractor:

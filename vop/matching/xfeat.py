@@ -11,14 +11,13 @@ import torch
 
 from vop import files
 from vop.features import LocalFeatures
-from vop.matching.interface import Extractor, strongest
+from vop.matching.interface import SMALLEST, Extractor, nothing, strongest
 from vop.matching.lightglue import LightGlueMatcher, load_network
 from vop.models.weights import read_tensors
 from vop.models.xfeat import published_weights
 from vop.schema import MatchingConfig
 
 DETECTION_THRESHOLD = 0.05
-SMALLEST = 32  # pixels; the network works on multiples of it
 LIGHTERGLUE = {
     "input_dim": 64,
     "descriptor_dim": 96,
@@ -75,10 +74,10 @@ class XFeatExtractor(Extractor):
     def __call__(self, rgb: np.ndarray, size: tuple[int, int]) -> LocalFeatures:
         """Local features of an image; see `Extractor`."""
         scaled = rgb.shape[1], rgb.shape[0]
-        found = {"keypoints": np.empty((0, 2)), "scores": np.empty(0), "descriptors": np.empty((0, self.width))}
-        if min(scaled) >= SMALLEST:
-            image = torch.tensor(rgb, device=self.device).permute(2, 0, 1)[None] / 255
-            found = {name: values.cpu().numpy() for name, values in self.net.detectAndCompute(image)[0].items()}
+        if min(scaled) < SMALLEST:
+            return nothing(self.width, size, scaled)
+        image = torch.tensor(rgb, device=self.device).permute(2, 0, 1)[None] / 255
+        found = {name: values.cpu().numpy() for name, values in self.net.detectAndCompute(image)[0].items()}
         return strongest(**found, size=size, scaled=scaled, most=self.max_keypoints)
 
 

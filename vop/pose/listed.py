@@ -8,27 +8,29 @@ import pyarrow.compute as pc
 
 
 def queries_of(ranked: pa.Table) -> pa.Table:
-    """The queries that have ranked pairs, all with a known camera: query, scene, known."""
+    """The queries that have ranked pairs, everything known of all: query, scene, known, truth."""
     first = ranked.group_by("query", use_threads=False).aggregate([("scene", "first")])
-    return pa.table(
-        {"query": first["query"], "scene": first["scene_first"], "known": pa.array(np.ones(len(first), bool))}
-    )
+    everything = pa.array(np.ones(len(first), bool))
+    return pa.table({"query": first["query"], "scene": first["scene_first"], "known": everything, "truth": everything})
 
 
 @dataclass(frozen=True, eq=False)
 class Listed:
     """The ranked pairs of Q queries by scene, query and rank, as arrays; R pairs, U of them different.
 
-    names: every image. keys: (U,) int64 sorted, one number per unordered pair. pair: (R,) positions in `keys`.
-    place: (R,) from 0 within the query. bounds: (Q + 1,) pairs of each query. scenes, scene_bounds: (S + 1,) queries of
-    each scene. left_out: (S, 2) queries without a known camera, and their pairs.
+    names: every image. keys: (U,) int64 sorted, one number per unordered pair. rows: (R,) where the pair stands in the
+    table it came from. pair: (R,) positions in `keys`. place: (R,) from 0 within the query. bounds: (Q + 1,) pairs of
+    each query. truth: (Q,) bool, whether the true pose of the query is known. scenes, scene_bounds: (S + 1,) queries of
+    each scene. left_out: (S, 2) queries without a known camera, and their pairs; they are among none of the above.
     """
 
     names: pa.Array
     keys: np.ndarray
+    rows: np.ndarray
     pair: np.ndarray
     place: np.ndarray
     bounds: np.ndarray
+    truth: np.ndarray
     scenes: list[str]
     scene_bounds: np.ndarray
     left_out: np.ndarray
@@ -40,6 +42,7 @@ class Listed:
         columns = ranked["query"], ranked["database"], queries["query"]
         names = pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
         known, scene = queries["known"].to_numpy(), queries["scene"].to_numpy()
+        truth = queries["truth"].to_numpy() if "truth" in queries.column_names else np.ones(len(queries), bool)
         position = np.full(len(names), -1)
         position[codes(queries["query"], names)] = np.arange(len(queries))
         query = position[codes(ranked["query"], names)]
@@ -58,13 +61,22 @@ class Listed:
         return cls(
             names=names,
             keys=keys,
+            rows=rows,
             pair=pair,
             place=np.arange(len(rows)) - bounds[query],
             bounds=bounds,
+            truth=truth[known],
             scenes=list(scenes),
             scene_bounds=np.searchsorted(scene_of[known], np.arange(len(scenes) + 1)),
             left_out=np.stack(left_out, axis=1).astype(int),
         )
+
+    def positions(self, first: pa.ChunkedArray, second: pa.ChunkedArray) -> np.ndarray:
+        """Positions in `keys` of pairs of names, whichever comes first, (n,) int64; -1: not listed."""
+        asked = pair_keys(first, second, self.names)
+        found = np.minimum(np.searchsorted(self.keys, asked), max(len(self.keys) - 1, 0))
+        listed = self.keys[found] == asked if len(self.keys) else np.zeros(len(asked), bool)
+        return np.where(listed, found, -1)
 
 
 def codes(column: pa.ChunkedArray, names: pa.Array) -> np.ndarray:

@@ -1,17 +1,35 @@
 """How well ranked pairs give relative poses: the two protocols under which queries are judged.
 
-Of each query's first k ranked pairs, the one whose pose has most inliers is taken (ties: the better rank), and the
-larger of that pose's rotation and translation error is the query's error. A query counts with an infinite error where
-no pair has a pose, or where the chosen pair joins images of different worlds: its pose is then an invention.
+Of each query's first k ranked pairs, the one whose pose has most inliers is taken (`taken`), and the larger of that
+pose's rotation and translation error is the query's error.
 
 | protocol | threshold of the estimator |
 | --- | --- |
-| `paper` | of several, the one with the best AUC@5 ON THE TEST SET, for each estimator and k: optimistic |
 | `fixed` | one, chosen beforehand |
+| `paper` | of several, the one with the best AUC@5 ON THE TEST SET, for each estimator and k: optimistic |
 
-Beside the queries, all listed pairs are judged one by one under the same protocols.
+Beside the queries, all listed pairs are judged one by one under the same protocols. What is judged, and how, follows
+from what is known, never from whether an estimate succeeded:
+
+| true pose of the query | the pair it takes | the query is |
+| --- | --- | --- |
+| known | none: no pair has a pose, or it has no pairs | judged, error infinite: failed |
+| known | joins images of different worlds | judged, error infinite: its pose is an invention (unrelated) |
+| known | has a true relative pose | judged by its error |
+| known | has none: the other image's pose is unknown, or there is no baseline | unjudged |
+| unknown | any, or none | unjudged |
+| (its intrinsics are unknown) | none can have a pose | left out |
+
+| truth of the pair | its pose | the pair is |
+| --- | --- | --- |
+| a relative pose, or that there is none (different worlds) | none | judged, error infinite: failed |
+| that there is none (different worlds) | estimated | judged, error infinite: unrelated |
+| a relative pose | estimated | judged by its error |
+| unknown, or without a baseline | any, or none | unjudged |
+| (the query's intrinsics are unknown) | none | left out |
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vop.metrics import pose_auc
-from vop.pose.listed import Listed, pair_keys, queries_of
+from vop.pose.listed import Listed, queries_of
 from vop.pose.results import AUC_THRESHOLDS, COUNTS, MEAN, POOLED, RESULTS, SCORES, case_of, rows_of
 from vop.schema import PoseConfig
 
@@ -35,6 +53,7 @@ POSES = pa.schema(
         ("rotation_error", pa.float32()),  # degrees; null: no pose, or its truth is unknown
         ("translation_error", pa.float32()),  # degrees; null also without a true baseline
         ("unrelated", pa.bool_()),  # the images belong to different worlds: no pose of theirs is true
+        ("truth", pa.bool_()),  # a pose can be judged: `unrelated`, or the true one is known and has a baseline
         ("reason", pa.string()),  # why there is no pose; null: there is one
     ]
 )
@@ -52,13 +71,21 @@ class Evaluation:
     results: pa.Table
     errors: dict[tuple[str, str, int | None], np.ndarray]
 
+    @property
+    def judged(self) -> bool:
+        """Whether the truth is known of anything at all."""
+        return pc.max(self.results["judged"]).as_py() > 0
+
     def curves(self, k: int | None) -> list[tuple[str, np.ndarray]]:
-        """Cumulative error curves of the queries at one k: (label, sorted errors); error i has recall (i + 1) / n."""
+        """Cumulative error curves of the queries at one k: (label, sorted errors); error i has recall (i + 1) / n.
+
+        None where no query is judged.
+        """
         used = {case_of(row): row["threshold_px"] for row in rows_of(self.results, MEAN) if row["unit"] == "query"}
         return [
             (f"{estimator}, {protocol}, {used[protocol, estimator, 'query', k]:g} px", errors)
             for (protocol, estimator, at), errors in self.errors.items()
-            if at == k
+            if at == k and len(errors)
         ]
 
 
@@ -75,11 +102,19 @@ def evaluate(ranked: pa.Table, poses: pa.Table, config: PoseConfig, queries: pa.
             images list is judged from both sides.
         poses: `POSES`, a row for every unordered pair that is ranked, estimator and one of `thresholds`; other rows
             are passed over.
-        queries: query, scene, known (bool: whether the query's camera is known; if not it is left out and counted).
-            Queries without pairs count as failures. null: those of `ranked`, all known.
+        queries: query, scene, known (bool: whether the query's intrinsics are known) and truth (bool: whether its true
+            pose is known; without this column, of all). Those without pairs count too. null: those of `ranked`, all
+            known and with truth.
 
-    Raises `ValueError` for ranked pairs without poses, and for ranked queries that `queries` lacks.
+    Raises `ValueError` for poses that lack a column, for ranked pairs without poses, and for ranked queries that
+    `queries` lacks.
     """
+    missing = [name for name in POSES.names if name not in poses.column_names]
+    if missing:
+        raise ValueError(
+            f"the poses lack the columns {missing}: were they written by another version? Run relative-pose again; "
+            "features and matches are kept"
+        )
     listed = Listed.of(ranked, queries_of(ranked) if queries is None else queries)
     found = _Found(poses, listed)
     cases = [("query", k) for k in (*dict.fromkeys(config.ks), None)] + [("pair", None)]
@@ -104,7 +139,8 @@ class _Outcomes:
     """What came of n pairs or queries with one estimator and threshold.
 
     matches: (n,), -1 for a query without a pair to take. inliers: (n,), -1 without a pose. rotation, translation: (n,)
-    float32 degrees; inf: no pose, or one between different worlds; NaN: cannot be judged. unrelated: (n,) bool.
+    float32 degrees; inf: no pose, or one between different worlds; NaN: cannot be judged. unrelated: (n,) bool, such a
+    pose.
     """
 
     matches: np.ndarray
@@ -121,9 +157,8 @@ class _Found:
     """The poses of the listed pairs."""
 
     def __init__(self, poses: pa.Table, listed: Listed):
-        keys = pair_keys(poses["image0"], poses["image1"], listed.names)
-        pair = np.minimum(np.searchsorted(listed.keys, keys), max(len(listed.keys) - 1, 0))
-        rows = np.flatnonzero(listed.keys[pair] == keys) if len(listed.keys) else np.zeros(0, int)
+        pair = listed.positions(poses["image0"], poses["image1"])
+        rows = np.flatnonzero(pair >= 0)
         self.listed, self.pair, self.poses = listed, pair[rows], poses.select(POSES.names[2:]).take(pa.array(rows))
 
     def outcomes(self, estimator: str, threshold: float) -> _Outcomes:
@@ -132,16 +167,13 @@ class _Found:
         rows = np.flatnonzero(pc.and_(of_threshold, pc.equal(self.poses["estimator"], estimator)).to_numpy())
         poses, at, count = self.poses.take(pa.array(rows)), self.pair[rows], len(self.listed.keys)
         self._check(at, count, estimator, threshold)
-        posed, unrelated = poses["reason"].is_null().to_numpy(), poses["unrelated"].fill_null(False).to_numpy()
-        unrelated = unrelated & posed
+        rotation, translation = errors_of(poses)
         columns = [
             (-1, np.int64, poses["matches"].fill_null(0).to_numpy()),
-            (-1, np.int64, np.where(posed, poses["inliers"].fill_null(0).to_numpy(), -1)),
-            *(
-                (np.inf, np.float32, np.where(posed & ~unrelated, poses[f"{kind}_error"].to_numpy(), np.inf))
-                for kind in ("rotation", "translation")
-            ),
-            (False, bool, unrelated),
+            (-1, np.int64, inliers_of(poses)),
+            (np.inf, np.float32, rotation),
+            (np.inf, np.float32, translation),
+            (False, bool, pc.and_(poses["reason"].is_null(), poses["unrelated"]).to_numpy()),
         ]
         dense = [np.full(count + 1, empty, dtype) for empty, dtype, _ in columns]
         for array, (_, _, values) in zip(dense, columns, strict=True):
@@ -159,25 +191,57 @@ class _Found:
             )
 
 
-def _chosen(outcomes: _Outcomes, listed: Listed, k: int | None) -> _Outcomes:
-    """Per query (Q,), the outcome of the pair with most inliers among the first k; ties: the better place."""
-    inliers = outcomes.inliers[listed.pair]
+def inliers_of(poses: pa.Table) -> np.ndarray:
+    """Inliers of rows of `POSES`, (n,) int64; -1: no pose."""
+    return np.where(poses["reason"].is_null().to_numpy(), poses["inliers"].fill_null(0).to_numpy(), -1).astype(np.int64)
+
+
+def errors_of(poses: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Rotation and translation errors by which rows of `POSES` are judged, (n,) float32 degrees.
+
+    inf: no pose, or one between different worlds. NaN: no truth to judge by, with a pose or without.
+    """
+    posed, truth = poses["reason"].is_null(), poses["truth"].to_numpy()
+    comparable = pc.and_not(posed, poses["unrelated"]).to_numpy() & truth
+    without = np.where(truth, np.float32(np.inf), np.float32(np.nan))
+    rotation, translation = (poses[f"{kind}_error"].to_numpy() for kind in ("rotation", "translation"))
+    return np.where(comparable, rotation, without), np.where(comparable, translation, without)
+
+
+def taken(listed: Listed, inliers: np.ndarray, k: int | None) -> np.ndarray:
+    """The pair that each query is judged by: of its first k (None: of all) that with most inliers, ties by rank.
+
+    Args:
+        inliers: of every unordered pair, in the order of `listed.keys` (what follows is passed over); -1: no pose.
+
+    Returns:
+        (Q,) positions among the R listed pairs, -1 where none of the query's has a pose.
+    """
+    inliers = inliers[listed.pair]
     eligible = inliers >= 0 if k is None else (inliers >= 0) & (listed.place < k)
     rank = np.where(eligible, inliers << 32 | (LOW - listed.place), -1)
     best, filled = np.full(len(listed.bounds) - 1, -1), listed.bounds[1:] > listed.bounds[:-1]
     if filled.any():
         best[filled] = np.maximum.reduceat(rank, listed.bounds[:-1][filled])
-    chosen = np.full(len(best), len(listed.keys))  # the outcome of having no pair
-    row = listed.bounds[:-1] + LOW - (best & LOW)
-    chosen[best >= 0] = listed.pair[row[best >= 0]]
-    return outcomes.take(chosen)
+    return np.where(best >= 0, listed.bounds[:-1] + LOW - (best & LOW), -1)
+
+
+def _of_queries(outcomes: _Outcomes, listed: Listed, k: int | None) -> _Outcomes:
+    """The outcomes of the queries (Q,)."""
+    pair = np.append(listed.pair, len(listed.keys))  # the last one is that of having no pair
+    units = outcomes.take(pair[taken(listed, outcomes.inliers, k)])
+    return dataclasses.replace(
+        units,
+        rotation=np.where(listed.truth, units.rotation, np.float32(np.nan)),
+        translation=np.where(listed.truth, units.translation, np.float32(np.nan)),
+    )
 
 
 def _judge(outcomes: _Outcomes, listed: Listed, unit: str, k: int | None) -> tuple[list[dict], np.ndarray]:
     """Scores of every scene, their mean and of all pooled; and the sorted errors of all."""
     bounds, left_out = listed.scene_bounds, listed.left_out[:, 0]
     if unit == "query":
-        units = _chosen(outcomes, listed, k)
+        units = _of_queries(outcomes, listed, k)
     else:
         units, bounds, left_out = outcomes.take(listed.pair), listed.bounds[bounds], listed.left_out[:, 1]
     scenes = [
@@ -199,9 +263,10 @@ def _scores(units: _Outcomes) -> dict[str, float | int | None]:
     scores["mean_matches"] = _of(np.mean, units.matches[units.matches >= 0])
     return {
         "judged": int(judged.sum()),
-        "failed": int((~posed).sum()),
-        "unrelated": int(units.unrelated.sum()),
+        "failed": int((judged & ~posed).sum()),
+        "unrelated": int((judged & units.unrelated).sum()),
         "unjudged": int((~judged).sum()),
+        "unposed": int((~judged & ~posed).sum()),
     } | {key: _defined(value) for key, value in scores.items()}
 
 
@@ -227,6 +292,6 @@ def _mean(scenes: list[dict]) -> dict[str, object]:
 def _protocols(tried: Mapping[float, list[dict]], config: PoseConfig) -> Iterator[tuple[str, float]]:
     """(protocol, threshold); `paper` takes the best mean AUC@5, and of equal ones the smallest threshold."""
     quality = {at: next(row["auc@5"] for row in rows if row["scene"] == MEAN) or 0.0 for at, rows in tried.items()}
+    yield "fixed", config.threshold
     if config.thresholds:
         yield "paper", max(sorted(config.thresholds), key=quality.__getitem__)
-    yield "fixed", config.threshold

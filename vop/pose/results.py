@@ -18,8 +18,9 @@ RESULTS = pa.schema(
         ("judged", pa.int64()),  # queries or pairs that the scores are over
         ("failed", pa.int64()),  # of these: without a pose
         ("unrelated", pa.int64()),  # of these: with a pose between different worlds
-        ("unjudged", pa.int64()),  # beside these: posed, but the truth is unknown or has no baseline
-        ("left_out", pa.int64()),  # beside these: the camera of the query is unknown
+        ("unjudged", pa.int64()),  # beside the judged: the truth is unknown or has no baseline
+        ("unposed", pa.int64()),  # of these: without a pose
+        ("left_out", pa.int64()),  # beside all these: the intrinsics of the query are unknown
         ("auc@5", pa.float64()),  # 0 to 1, `vop.metrics.pose_auc`; null: nothing was judged
         ("auc@10", pa.float64()),
         ("auc@20", pa.float64()),
@@ -31,7 +32,7 @@ RESULTS = pa.schema(
 )
 MEAN = "(mean)"  # in brackets, lest a scene be called so; over scenes: of the scores; the counts are sums
 POOLED = "(all)"  # the queries or pairs of all scenes in one
-COUNTS = ("judged", "failed", "unrelated", "unjudged", "left_out")
+COUNTS = ("judged", "failed", "unrelated", "unjudged", "unposed", "left_out")
 SCORES = tuple(name for name in RESULTS.names if "@" in name or name.startswith(("median", "mean")))
 AUC_THRESHOLDS = tuple(int(name.removeprefix("auc@")) for name in SCORES if name.startswith("auc@"))
 
@@ -54,37 +55,95 @@ def metrics(results: pa.Table, config: PoseConfig) -> dict[str, object]:
     return flat
 
 
+COLUMNS = {  # of the Markdown tables: title, and how the key of a row is written
+    "protocol": "{protocol}", "estimator": "{estimator}", "px": "{threshold_px:g}", "scene": "{scene}",
+    "AUC@5°": "{auc@5}", "@10°": "{auc@10}", "@20°": "{auc@20}", "median R (°)": "{median_rotation_deg}",
+    "median t (°)": "{median_translation_deg}", "median inliers": "{median_inliers}",
+    "mean matches": "{mean_matches}", "judged": "{judged}", "no pose": "{failed}", "wrong world": "{unrelated}",
+    "unjudged": "{unjudged}", "unjudged, no pose": "{unposed}", "left out": "{left_out}",
+}  # fmt: skip
+EMPTY = {"0", "–"}  # a column of nothing else is left away, as is that of the one scene without a name
+
+
 def markdown(results: pa.Table) -> str:
-    """The results as tables to read, one for each k and one for the pairs; AUC in percent."""
+    """The results as text to read: how to read them, then a table for each k and one for the pairs; AUC in percent.
+
+    Columns that say nothing in any row are left away, and so is a table that only repeats that of a smaller k.
+    """
     rows = results.to_pylist()
     several = len({row["scene"] for row in rows} - {MEAN, POOLED}) > 1
+    judged = any(row["judged"] for row in rows)
     rows = [row for row in rows if several or row["scene"] not in (MEAN, POOLED)]
-    titles = [*dict.fromkeys(map(_title, rows))]
-    return "\n".join(_section(title, [row for row in rows if _title(row) == title]) for title in titles)
+    rows = [row for row in rows if judged or row["protocol"] == "fixed"]  # what is chosen by its AUC needs one
+    lines = [{title: form.format_map(_written(row)) for title, form in COLUMNS.items()} for row in rows]
+    titles = [title for title in COLUMNS if not {line[title] for line in lines} <= EMPTY]
+    tables: dict[tuple[str, int | None], list[dict]] = {}
+    for row, line in zip(rows, lines, strict=True):
+        tables.setdefault((row["unit"], row["k"]), []).append(line)
+    sections = [
+        _section(_title(unit, k), same, titles, table) for (unit, k), same, table in _without_repetition(tables)
+    ]
+    return "\n".join([_introduction(rows, several), *sections])
 
 
-def _title(row: dict) -> str:
-    if row["unit"] == "pair":
+def _introduction(rows: list[dict], several: bool) -> str:
+    """What the tables are, in a few sentences."""
+    told = []
+    if any(row["judged"] for row in rows):
+        told.append(
+            "A query is judged by the pair with most inliers among its first k; the larger of that pose's rotation and "
+            "translation error is its error, infinite without a pose or with one between two worlds."
+        )
+    else:
+        told.append("Nothing could be judged: no true pose of these images is known.")
+    told.append("Protocol `fixed`: the threshold of the estimator was chosen beforehand.")
+    if any(row["protocol"] == "paper" for row in rows):
+        told.append(
+            "Protocol `paper`: of several thresholds, the one with the best AUC@5° on these very queries or pairs, "
+            "for each estimator and k; that is optimistic, and serves to compare with numbers found in the same way."
+        )
+    told.append("px: that threshold, in pixels of the original images; AUC in percent; errors in degrees.")
+    if several:
+        told.append(f"{MEAN}: over the scenes, counts are sums; {POOLED}: all scenes in one.")
+    if any(row["unjudged"] for row in rows):
+        told.append("Unjudged: the true pose is unknown, or both photographs were taken from one place.")
+    if any(row["left_out"] for row in rows):
+        told.append("Left out: the intrinsics of the query are unknown.")
+    return " ".join(told) + "\n"
+
+
+def _without_repetition(
+    tables: dict[tuple[str, int | None], list[dict]],
+) -> Iterator[tuple[tuple[str, int | None], list[str], list[dict]]]:
+    """Tables that differ, each with the choices of pairs that give the same one once more."""
+    for (unit, k), table in tables.items():
+        same = [case for case, other in tables.items() if case[0] == unit and other == table]
+        if same[0] == (unit, k):
+            yield (unit, k), [_choice(case[1]) for case in same[1:]], table
+
+
+def _choice(k: int | None) -> str:
+    return "all their pairs" if k is None else f"their first {k} pairs"
+
+
+def _title(unit: str, k: int | None) -> str:
+    if unit == "pair":
         return "Every listed pair"
-    if row["k"] == 1:
-        return "Queries, by their first pair"
-    return f"Queries, by the best of {'their first ' + str(row['k']) if row['k'] else 'all their'} pairs"
+    return "Queries, by their first pair" if k == 1 else f"Queries, by the best of {_choice(k)}"
 
 
-def _section(title: str, rows: list[dict]) -> str:
-    columns = {
-        "protocol": "{protocol}", "estimator": "{estimator}", "px": "{threshold_px:g}", "scene": "{scene}",
-        "AUC@5°": "{auc@5}", "@10°": "{auc@10}", "@20°": "{auc@20}", "median R (°)": "{median_rotation_deg}",
-        "median t (°)": "{median_translation_deg}", "median inliers": "{median_inliers}",
-        "mean matches": "{mean_matches}", "judged": "{judged}", "no pose": "{failed}", "wrong world": "{unrelated}",
-        "unjudged": "{unjudged}", "left out": "{left_out}",
-    }  # fmt: skip
-    lines = [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        shown = row | {key: _shown(key, row[key]) for key in SCORES}
-        shown["scene"] = row["scene"].replace("|", "\\|") or "–"
-        lines.append("| " + " | ".join(column.format_map(shown) for column in columns.values()) + " |")
+def _section(title: str, same: list[str], titles: list[str], table: list[dict]) -> str:
+    lines = [f"### {title}", ""]
+    if same:
+        lines += [f"The best of {' or of '.join(same)} gives the same table.", ""]
+    lines += ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines += ["| " + " | ".join(line[title] for title in titles) + " |" for line in table]
     return "\n".join([*lines, ""])
+
+
+def _written(row: dict) -> dict:
+    scene = row["scene"].replace("|", "\\|") or "–"
+    return row | {key: _shown(key, row[key]) for key in SCORES} | {"scene": scene}
 
 
 def _shown(key: str, value: float | None) -> str:

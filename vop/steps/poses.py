@@ -1,7 +1,7 @@
 """Relative poses of matched pairs: poses.parquet, and how good they are by each protocol."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,7 +43,7 @@ def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Ta
         config.output,
         fingerprint(
             {"estimators": config.pose.estimators, "thresholds": [config.pose.threshold, *config.pose.thresholds]},
-            [config.pose.iterations, config.pose.confidence, config.pose.seed],
+            [config.pose.iterations, config.pose.confidence, config.pose.seed, SCHEMA.names],
             [(number, receipts[number]["sha256"], rows.tolist()) for number, rows in wanted],
             [matched.features.manifest["features"], files.sha256(job.path(CAMERAS))],
         ),
@@ -57,7 +57,7 @@ def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Ta
             bar.update(written["pairs"])
     job.counts["posed_now"] = now
     with job.step("write poses"):
-        poses = pa.concat_tables([*parts.read(len(wanted)), _unmatched(config, matched)]).sort_by(
+        poses = pa.concat_tables([*parts.read(len(wanted)), _unmatched(config, matched, cameras)]).sort_by(
             [(name, "ascending") for name in ("image0", "image1", "estimator", "threshold")]
         )
         with files.atomic(job.path(POSES)) as (filesystem, inner):
@@ -68,8 +68,12 @@ def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Ta
 
 
 def judged(config: Config, job: Run, benchmark: Benchmark, listed: pa.Table, poses: pa.Table) -> Evaluation:
-    """results.parquet and results.md: how well the listed pairs give relative poses; the headline into the metrics."""
-    queries = _queries(benchmark, listed)
+    """results.parquet and results.md: how well the listed pairs give relative poses; the headline into the metrics.
+
+    Queries are those of the list; where the list is the ranking of this run, also those that it found no pairs for.
+    """
+    ranked_here = "pairs" in job.counts and not config.pairs.chosen
+    queries = _queries(benchmark, {*listed["query"].to_pylist(), *(benchmark.sets.queries if ranked_here else ())})
     with job.step("evaluate"):
         evaluation = evaluate(listed, poses, config.pose, queries)
         for name, table in ((LISTED, listed), (QUERIES, queries), (RESULTS, evaluation.results)):
@@ -86,21 +90,28 @@ def judged_again(config: Config, job: Run) -> Evaluation:
     return evaluate(listed, poses, config.pose, queries)
 
 
-def _queries(benchmark: Benchmark, listed: pa.Table) -> pa.Table:
-    """The queries of a benchmark and those of the list: query, scene, and whether their cameras are known."""
+def _queries(benchmark: Benchmark, names: Collection[str]) -> pa.Table:
+    """Queries by name: query, scene, and what is known of their cameras: intrinsics (known), true pose (truth)."""
     scenes = {image.name: image.scene for image in benchmark.sets.images}
-    names = sorted({*listed["query"].to_pylist()})
-    known = [camera is not None and camera.K is not None for camera in map(benchmark.cameras.get, names)]
-    return pa.table({"query": names, "scene": [scenes.get(name, "") for name in names], "known": known})
+    names = sorted(names)
+    cameras = [benchmark.cameras.get(name) for name in names]
+    return pa.table(
+        {
+            "query": names,
+            "scene": [scenes.get(name, "") for name in names],
+            "known": [camera is not None and camera.K is not None for camera in cameras],
+            "truth": [camera is not None and camera.cam_from_world is not None for camera in cameras],
+        }
+    )
 
 
 def _part(number: int, shard: int, rows) -> pa.Table:
     return pa.table({"part": [number] * len(rows), "shard": [shard] * len(rows), "row": rows})
 
 
-def _unmatched(config: Config, matched: Matched) -> pa.Table:
+def _unmatched(config: Config, matched: Matched, cameras: Cameras) -> pa.Table:
     rows: Iterator[dict] = itertools.chain.from_iterable(
-        unmatched(*(pair[name] for name in ("image0", "image1", "reason")), config.pose)
+        unmatched(*(pair[name] for name in ("image0", "image1", "reason")), config.pose, cameras)
         for pair in matched.unmatched.to_pylist()
     )
     return pa.Table.from_pylist([*rows], schema=SCHEMA)

@@ -1,11 +1,32 @@
 """What a run ends with: metrics.json, report.html, and the error curves of relative poses."""
 
+import dataclasses
+import warnings
+
 from vop import files
-from vop.config import Config
-from vop.datasets.posed import OverlapTruth
+from vop.config import Config, ConfigError
+from vop.datasets.benchmark import open_benchmark
+from vop.datasets.posed import OverlapTruth, overlap_truth
 from vop.pose.protocols import Evaluation
 from vop.run import Run
 from vop.viz.page import CURVES, write_curves, write_page
+
+
+def known_overlaps(config: Config, job: Run) -> OverlapTruth | None:
+    """The true overlaps that a finished run's pages show beside its pairs; None where they are unknown.
+
+    Those of a benchmark are read from its own layout. Where they can be read no more, a warning says so.
+    """
+    if "pairs" not in job.counts:  # the run was given its pairs: no page of it shows overlaps
+        return None
+    try:
+        if config.truth is not None:
+            return overlap_truth(config.truth)
+        if config.dataset.format is not None:
+            return open_benchmark(dataclasses.replace(config, cameras=None)).truth
+    except (ConfigError, OSError) as error:
+        warnings.warn(f"the report is written without the true overlaps: {error}", stacklevel=2)
+    return None
 
 
 def reported(config: Config, job: Run, truth: OverlapTruth | None, poses: Evaluation | None = None) -> None:

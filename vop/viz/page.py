@@ -19,7 +19,7 @@ from vop.viz import plots
 from vop.viz.matches import Picture
 from vop.viz.photographs import photograph
 from vop.viz.pose_report import choice, ks_of
-from vop.viz.posed import judgeable, pose_report
+from vop.viz.posed import pose_report
 from vop.viz.report import Match, QueryPanel, Report, write_report
 
 WEAKEST = 20  # images listed as hard to pair
@@ -49,11 +49,9 @@ def write_page(config: Config, run: Run, truth: OverlapTruth | None, poses: Eval
 
 
 def write_curves(run: Run, poses: Evaluation) -> None:
-    """Write the cumulative error curves by themselves, curves.png and curves.svg; nothing where no truth is known."""
-    if not judgeable(run):
-        return
-    panels = {f"Queries, {choice(k)}": poses.curves(k) for k in ks_of(poses.results)}
-    for name in CURVES:
+    """Write the cumulative error curves by themselves, curves.png and curves.svg; nothing where no query is judged."""
+    panels = {f"Queries, {choice(k)}": curves for k in ks_of(poses.results) if (curves := poses.curves(k))}
+    for name in CURVES if panels else ():
         files.write_bytes(run.path(name), plots.curves_file(panels, name.rpartition(".")[2]))
 
 

@@ -11,7 +11,8 @@ from vop.config import Config
 from vop.features import FeatureStore
 from vop.matches import MatchStore, located, matches_of
 from vop.pairs import read_parquet
-from vop.pose.protocols import Evaluation
+from vop.pose.listed import Listed
+from vop.pose.protocols import Evaluation, errors_of, inliers_of, taken
 from vop.run import Run
 from vop.shards import StoreError
 from vop.viz.epipolar import agreeing
@@ -32,20 +33,19 @@ STORES = {"features": FeatureStore, "matches": MatchStore}
 def pose_report(config: Config, run: Run, evaluation: Evaluation) -> PoseReport:
     """The section of a run that estimated relative poses; pictures of its worst, its median and its best queries."""
     estimator, k = config.pose.estimators[0], config.pose.ks[0] if config.pose.ks else None
-    cameras, judged = Cameras.read(run.path("cameras.parquet")), judgeable(run)
+    cameras, judged = Cameras.read(run.path("cameras.parquet")), evaluation.judged
     poses = read_parquet(run.path("poses.parquet"))
     threshold = pc.equal(poses["threshold"], pa.scalar(config.pose.threshold, pa.float32()))
     poses = poses.filter(pc.and_(threshold, pc.equal(poses["estimator"], estimator)))
-    chosen = taken(read_parquet(run.path("listed.parquet")), poses, k)
-    known = [camera is not None and camera.K is not None for camera in map(cameras.get, chosen["query"].to_pylist())]
-    shown = ranked(chosen.filter(pa.array(known, pa.bool_())), judged)
+    listed, queries = (read_parquet(run.path(name)) for name in ("listed.parquet", "queries.parquet"))
+    shown = worst_first(shown_pairs(listed, poses, queries, k), judged)
     sides = [*zip(*(shown[side].to_pylist() for side in ("image0", "image1")), strict=True)]
     pictures = _Pictures(run, cameras, config.pose.threshold)
     return PoseReport(
         results=evaluation.results,
         headline=("fixed", estimator, k),
         judged=judged,
-        curves={k: evaluation.curves(k) for k in ks_of(evaluation.results)} if judged else {},
+        curves={k: evaluation.curves(k) for k in ks_of(evaluation.results)},
         reasons=run.counts["pairs_without_pose"],
         pairs=run.counts["pairs_matched"] + sum(run.counts["pairs_unmatched"].values()),
         queries=[
@@ -55,51 +55,41 @@ def pose_report(config: Config, run: Run, evaluation: Evaluation) -> PoseReport:
     )
 
 
-def judgeable(run: Run) -> bool:
-    """Whether true poses are known of at least two images."""
-    return pc.count(read_parquet(run.path("cameras.parquet"))["cam_from_world"]).as_py() > 1
-
-
-def taken(listed: pa.Table, poses: pa.Table, k: int | None) -> pa.Table:
-    """For every query with pairs the one that it is judged by (`vop.pose.protocols`), sorted by query.
+def shown_pairs(ranked: pa.Table, poses: pa.Table, queries: pa.Table, k: int | None) -> pa.Table:
+    """For every query with pairs the one that it is judged by, or without any pose its best ranked one.
 
     Args:
-        listed: query, database, rank from 0 without gaps.
+        ranked: query, database, rank.
         poses: a row for each of these pairs, unordered, by one estimator and threshold.
+        queries: as in `vop.pose.protocols.evaluate`; those whose camera is unknown are left out.
         k: pairs of a query that count; None: all.
 
     Returns:
-        query, database, rank and the columns of `poses`. Where none of the pairs has a pose, the best ranked one.
+        query, database, rank, query_truth (whether its true pose is known) and the columns of `poses`; by scene, query.
     """
-    first = listed if k is None else listed.filter(pc.less(listed["rank"], k))
-    sides = first["query"].combine_chunks(), first["database"].combine_chunks()
-    keys = {"image0": pc.min_element_wise(*sides), "image1": pc.max_element_wise(*sides)}
-    keyed = pa.table({"query": sides[0], "database": sides[1], "rank": first["rank"]} | keys)
-    rows = poses.select(["image0", "image1"]).append_column("row", pa.array(np.arange(poses.num_rows)))
-    votes = pc.if_else(poses["reason"].is_null(), poses["inliers"], -1)
-    found = keyed.join(rows.append_column("votes", votes), ["image0", "image1"], join_type="inner")
-    found = found.sort_by([("query", "ascending"), ("votes", "descending"), ("rank", "ascending")])
-    columns = ["database", "rank", "row"]
-    best = found.group_by("query", use_threads=False).aggregate([(name, "first") for name in columns])
-    best = best.rename_columns(["query", *columns])
-    chosen = poses.take(best["row"])
-    named = {name: best[name] for name in ("query", "database", "rank")}
-    return pa.table(named | {name: chosen[name] for name in chosen.column_names})
+    listed = Listed.of(ranked, queries)
+    at, row = listed.positions(poses["image0"], poses["image1"]), np.empty(len(listed.keys), int)
+    row[at[at >= 0]] = np.flatnonzero(at >= 0)
+    best, first = taken(listed, inliers_of(poses)[row], k), listed.bounds[:-1]
+    asking = np.flatnonzero(listed.bounds[1:] > first)
+    best = np.where(best < 0, first, best)[asking]
+    pairs, found = ranked.take(pa.array(listed.rows[best])), poses.take(pa.array(row[listed.pair[best]]))
+    named = {name: pairs[name] for name in ("query", "database", "rank")} | {"query_truth": listed.truth[asking]}
+    return pa.table(named | {name: found[name] for name in found.column_names})
 
 
-def ranked(chosen: pa.Table, judged: bool) -> pa.Table:
-    """Chosen pairs, the worst query first: by pose error where that is known, else by inliers.
+def worst_first(shown: pa.Table, judged: bool) -> pa.Table:
+    """Pairs of `shown_pairs`, that of the worst query first: by pose error where any is known, else by inliers.
 
     Of failures the one with most inliers comes first: the boldest invention. Queries that cannot be judged beside
     others that can are left out.
     """
-    posed, inliers = chosen["reason"].is_null().to_numpy(), chosen["inliers"].to_numpy()
-    kinds = (chosen[f"{kind}_error"].to_numpy().astype(np.float64) for kind in ("rotation", "translation"))
-    error = np.where(posed & ~chosen["unrelated"].to_numpy(), np.maximum(*kinds), np.inf)
+    inliers, matches = inliers_of(shown), shown["matches"].to_numpy()
     if not judged:
-        return chosen.take(pa.array(np.lexsort([chosen["matches"].to_numpy(), np.where(posed, inliers, -1)])))
-    order = np.lexsort([-chosen["matches"].to_numpy(), -inliers, -error])
-    return chosen.take(pa.array(order[~np.isnan(error[order])]))
+        return shown.take(pa.array(np.lexsort([matches, inliers])))
+    error = np.where(inliers < 0, np.inf, np.maximum(*errors_of(shown)))
+    order = np.lexsort([-matches, -inliers, -error])
+    return shown.take(pa.array(order[(~np.isnan(error) & shown["query_truth"].to_numpy())[order]]))
 
 
 def illustrated(pairs: Sequence[object], count: int, names: Sequence[str]) -> list[tuple[str, int]]:
@@ -121,7 +111,7 @@ class _Pictures:
         self.run, self.cameras, self.threshold = run, cameras, threshold
 
     def posed(self, why: str, row: dict) -> PosedQuery:
-        """A row of `taken` with its photographs and its matches."""
+        """A row of `shown_pairs` with its photographs and its matches."""
         flipped = row["query"] != row["image0"]
         names, known = (row["image0"], row["image1"]), [self.cameras.get(row[f"image{side}"]) for side in (0, 1)]
         try:
