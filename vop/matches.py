@@ -29,8 +29,7 @@ CATALOG = pa.schema(
         ("row1", pa.int32()),
     ]
 )
-SHARDS_AT_LEAST = 64  # a small job is cut finer than asked, so that the workers end together
-SMALLEST_SHARD = 8  # pairs
+SHARDS_AT_LEAST = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,14 @@ class Matches:
 
 
 NO_MATCHES = Matches(np.empty((0, 2), np.int32), np.empty(0, np.float32))
+
+
+def fine(rows: int, shard_size: int, least: int) -> int:
+    """The size of shards for so many rows: as asked, but a small job is cut finer, so that its workers end together.
+
+    It follows from the work alone, not from the machine, and so do the shards.
+    """
+    return min(shard_size, max(least, -(-rows // SHARDS_AT_LEAST)))
 
 
 def matches_of(table: pa.Table) -> list[np.ndarray]:
@@ -129,8 +136,7 @@ class MatchStore(ShardStore):
         new = wanted.filter(pa.array((at < 0) | (failed[at] if len(failed) else False)))
         if new.num_rows:
             new = new.sort_by([(name, "ascending") for name in ("shard0", "row0", "shard1", "row1")])
-            size = min(shard_size, max(SMALLEST_SHARD, -(-new.num_rows // SHARDS_AT_LEAST)))
-            self._write_catalog(table, shards, new, size)
+            self._write_catalog(table, shards, new, fine(new.num_rows, shard_size, least=8))
             table, shards, rows = self.catalog()
         for name in files.listing(self.path):
             if name.startswith(".") and name.endswith(".tmp"):

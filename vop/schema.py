@@ -198,9 +198,9 @@ class MatchingConfig:
     batch_pairs: int = 8
     """Pairs matched in one forward pass."""
     shard_size: int = 32
-    """Images per shard of features: the unit of work, and of what a kill can cost."""
+    """Images per shard of features, at most: the unit of work, and of what a kill can cost."""
     pair_shard_size: int = 128
-    """Pairs per shard of matches, likewise."""
+    """Pairs per shard of matches, at most, likewise."""
     extractors: int | None = None
     """Feature networks at work; null: one per GPU, without GPUs one per CPU core."""
     matchers: int | None = None

@@ -64,6 +64,12 @@ COLUMNS = {  # of the Markdown tables: title, and how the key of a row is writte
 }  # fmt: skip
 EMPTY = {"0", "–"}  # a column of nothing else is left away, as is that of the one scene without a name
 
+JUDGED_BY = (
+    "A query is judged by the pair with most inliers among its first k: its error is the larger of that pose's "
+    "rotation and translation error, infinite without a pose or for one between two worlds"
+)
+NOTHING = "Nothing could be judged: no true pose of these images is known, or none with a baseline"
+
 
 def markdown(results: pa.Table) -> str:
     """The results as text to read: how to read them, then a table for each k and one for the pairs; AUC in percent.
@@ -88,28 +94,21 @@ def markdown(results: pa.Table) -> str:
 
 def _introduction(rows: list[dict], several: bool) -> str:
     """What the tables are, in a few sentences."""
-    told = []
-    if any(row["judged"] for row in rows):
-        told.append(
-            "A query is judged by the pair with most inliers among its first k; the larger of that pose's rotation and "
-            "translation error is its error, infinite without a pose or with one between two worlds."
-        )
-    else:
-        told.append("Nothing could be judged: no true pose of these images is known.")
-    told.append("Protocol `fixed`: the threshold of the estimator was chosen beforehand.")
+    protocols = "Protocol `fixed`: the threshold of the estimator was chosen beforehand"
     if any(row["protocol"] == "paper" for row in rows):
-        told.append(
-            "Protocol `paper`: of several thresholds, the one with the best AUC@5° on these very queries or pairs, "
-            "for each estimator and k; that is optimistic, and serves to compare with numbers found in the same way."
+        protocols += (
+            "; `paper`: it is the one of several with the best AUC@5° on these very queries or pairs, for each "
+            "estimator and k, which is optimistic"
         )
-    told.append("px: that threshold, in pixels of the original images; AUC in percent; errors in degrees.")
+    units = "AUC is in percent, errors are in degrees, px (the threshold) are pixels of the original images"
+    told = [protocols, JUDGED_BY, units] if any(row["judged"] for row in rows) else [NOTHING, protocols]
     if several:
-        told.append(f"{MEAN}: over the scenes, counts are sums; {POOLED}: all scenes in one.")
+        told.append(f"{MEAN} is over the scenes, its counts are sums; {POOLED} takes all scenes as one")
     if any(row["unjudged"] for row in rows):
-        told.append("Unjudged: the true pose is unknown, or both photographs were taken from one place.")
+        told.append("Unjudged: the true pose is unknown, or both photographs were taken from one place")
     if any(row["left_out"] for row in rows):
-        told.append("Left out: the intrinsics of the query are unknown.")
-    return " ".join(told) + "\n"
+        told.append("Left out: the intrinsics of the query are unknown")
+    return ". ".join(told) + ".\n"
 
 
 def _without_repetition(

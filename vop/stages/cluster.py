@@ -97,6 +97,8 @@ def whole_blocks(config: ClusterConfig) -> Iterator[None]:
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     context.print_on_execution_start = False
+    # Its advice to declare memory comes every 30 s, in twelve lines, of every process that holds a model.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     with ray.data.DataContext.current(context):
         yield
 

@@ -12,7 +12,7 @@ from vop.config import Config, ConfigError
 from vop.datasets.image_sets import ImageSets
 from vop.embedding import hash_file
 from vop.features import FeatureStore
-from vop.matches import MatchStore, located
+from vop.matches import MatchStore, fine, located
 from vop.pose_estimation import ITSELF, QUARANTINED, UNKNOWN
 from vop.progress import progress
 from vop.run import Run
@@ -86,7 +86,8 @@ def _extracted(config: Config, job: Run, sets: ImageSets, names: Collection[str]
             store = FeatureStore.create(config.features_path, identity, width(config))
     with job.step("plan"):
         paths = dict(zip(listing["name"].to_pylist(), listing["path"].to_pylist(), strict=True))
-        planned, pending = store.plan(listing, config.matching.shard_size, False, lambda name: hash_file(paths[name]))
+        size = fine(listing.num_rows, config.matching.shard_size, least=4)
+        planned, pending = store.plan(listing, size, False, lambda name: hash_file(paths[name]))
         guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
     total, waiting = listing.num_rows, sum(shard.num_rows for shard in pending.values())
     with job.step("features"), progress("features", max(total, waiting), max(0, total - waiting), "images") as bar:

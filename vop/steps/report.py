@@ -4,8 +4,8 @@ import dataclasses
 import warnings
 
 from vop import files
-from vop.config import Config, ConfigError
-from vop.datasets.benchmark import open_benchmark
+from vop.config import Config
+from vop.datasets.benchmark import check, open_benchmark
 from vop.datasets.posed import OverlapTruth, overlap_truth
 from vop.pose.protocols import Evaluation
 from vop.run import Run
@@ -22,10 +22,14 @@ def known_overlaps(config: Config, job: Run) -> OverlapTruth | None:
     try:
         if config.truth is not None:
             return overlap_truth(config.truth)
-        if config.dataset.format is not None:
+        if config.dataset.format is None:
+            return None
+        lacking = check(config.dataset)
+        if not lacking:
             return open_benchmark(dataclasses.replace(config, cameras=None)).truth
-    except (ConfigError, OSError) as error:
-        warnings.warn(f"the report is written without the true overlaps: {error}", stacklevel=2)
+    except OSError as error:
+        lacking = [str(error)]
+    warnings.warn(f"the report is written without the true overlaps: {'; '.join(lacking)}", stacklevel=2)
     return None
 
 
