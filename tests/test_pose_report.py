@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trees
 from matched_runs import FAILED, LISTED, LOST, NAMES, SIZE, K
 from test_report import Page
 
 from vop import config, pairs
 from vop.cameras import Cameras, KnownCamera
+from vop.datasets.benchmark import open_benchmark
+from vop.datasets.posed import OverlapTruth, write_overlap
 from vop.geometry import pose_from_rt
 from vop.image import decode
 from vop.pose.protocols import evaluate
@@ -24,6 +27,7 @@ from vop.pose.results import COUNTS, MEAN, POOLED, RESULTS, SCORES
 from vop.pose_estimation import FEW, QUARANTINED, SCHEMA, UNKNOWN
 from vop.run import Run
 from vop.schema import PoseConfig
+from vop.steps.report import known_overlaps
 from vop.viz.epipolar import agreeing
 from vop.viz.links import DRAWN, Links, draw_links, drawing_size
 from vop.viz.matches import GAP, Photo
@@ -198,7 +202,7 @@ def random_run(seed):
         listed += [{"query": query, "database": other, "rank": rank} for rank, other in enumerate(others)]
     listed = pa.Table.from_pylist(listed).set_column(2, "rank", pa.array([row["rank"] for row in listed], pa.int32()))
     rows = []
-    for image0, image1 in {tuple(sorted((r["query"], r["database"]))) for r in listed.to_pylist()}:
+    for image0, image1 in sorted({tuple(sorted((r["query"], r["database"]))) for r in listed.to_pylist()}):
         row = {"image0": image0, "image1": image1, "estimator": "opencv", "threshold": 1.5, "unrelated": False}
         row |= {"matches": 20, "inliers": int(rng.integers(5, 9)), "truth": True}  # ties are common
         kind = rng.integers(6)
@@ -248,7 +252,7 @@ def test_without_truth_the_fewest_inliers_come_first():
 
 
 def test_a_query_that_cannot_be_judged_is_not_shown_among_the_judged():
-    listed, poses, queries = random_run(2)
+    listed, poses, queries = random_run(5)
     poses = poses.set_column(poses.schema.get_field_index("truth"), "truth", poses["unrelated"])
     shown = worst_first(shown_pairs(listed, poses, queries, None), judged=True).to_pylist()
     assert shown
@@ -528,3 +532,38 @@ def test_curves_are_files_of_the_run(run):
     write_curves(job, evaluation)
     assert decode(Path(job.path("curves.png")).read_bytes()).shape[2] == 3
     assert Path(job.path("curves.svg")).read_bytes().startswith(b"<?xml")
+
+
+def test_a_page_written_again_shows_the_overlaps_that_its_run_knew(tmp_path):
+    trees.megadepth(tmp_path / "benchmark")
+    cfg = config.load(
+        output=str(tmp_path / "run"), dataset={"format": "megadepth", "root": str(tmp_path / "benchmark")}
+    )
+    ranked_run, given = Run(cfg.output, "register", {"pairs": 3}), Run(cfg.output, "relative-pose", {})
+    truth = open_benchmark(cfg).truth
+
+    def same(found):
+        return found.names == truth.names and np.array_equal(found.matrix.toarray(), truth.matrix.toarray())
+
+    assert same(known_overlaps(cfg, ranked_run))
+    assert known_overlaps(cfg, given) is None  # no page of it shows overlaps
+    first, *others = (tmp_path / "benchmark").rglob("*.jpg")
+    for path in others:
+        path.unlink()
+    assert same(known_overlaps(cfg, ranked_run)), "images that are gone are not missed"
+    write_overlap(tmp_path / "overlap.parquet", OverlapTruth(truth.names, np.eye(len(truth.names), dtype=np.float32)))
+    own = dataclasses.replace(cfg, truth=str(tmp_path / "overlap.parquet"))
+    assert known_overlaps(own, ranked_run).matrix.sum() == len(truth.names), (
+        "what the user gave comes before the benchmark's own"
+    )
+    first.unlink()
+    with pytest.warns(UserWarning, match="without the true overlaps: none of the 3 images"):
+        assert known_overlaps(cfg, ranked_run) is None
+    shutil.rmtree(tmp_path / "benchmark")
+    with pytest.warns(UserWarning, match="without the true overlaps: nothing at dataset.root"):
+        assert known_overlaps(cfg, ranked_run) is None
+    (tmp_path / "overlap.parquet").unlink()
+    with pytest.warns(UserWarning, match="without the true overlaps"):
+        assert known_overlaps(own, ranked_run) is None
+    plain = dataclasses.replace(cfg, dataset=config.load().dataset)
+    assert known_overlaps(plain, ranked_run) is None

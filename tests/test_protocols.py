@@ -187,7 +187,9 @@ def test_a_run_without_any_true_pose_has_no_score():
     text = markdown(found.results)
     assert "Nothing could be judged" in text
     assert "AUC@5" not in text
-    assert "| protocol | estimator | px | scene | median inliers | mean matches | unjudged | unjudged, no pose |" in text
+    assert (
+        "| protocol | estimator | px | scene | median inliers | mean matches | unjudged | unjudged, no pose |" in text
+    )
 
 
 def test_ties_are_settled_by_rank_and_queries_without_a_pose_take_no_pair():
@@ -341,7 +343,7 @@ def brute_force(ranked, poses, queries, k, estimator, threshold, unit):
         for row in found:
             posed = row is not None and row["reason"] is None
             of_what = truth if unit == "query" else row["truth"]
-            if not of_what or posed and not row["truth"]:
+            if not of_what or (posed and not row["truth"]):
                 counts[2][0] += 1
                 counts[3][0] += not posed
             elif not posed:

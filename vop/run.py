@@ -157,12 +157,13 @@ class Run:
             beside = f"; {scores['unjudged']} more cannot be judged for want of a true pose{beside}"
         area = ", ".join(f"AUC@{degrees} {100 * scores[f'auc@{degrees}']:.1f}" for degrees in (5, 10, 20))
         choice = "pair with most inliers" + (f" of the first {scores['k']}" if scores["k"] else "")
+        choice = "first pair" if scores["k"] == 1 else choice
         return [
             *lines,
             f"  relative poses of {scores['judged']} queries judged: {scores['failed']} without one, "
             f"{scores['unrelated']} with one between scenes{beside}",
             f"    {area} (percent; protocol {scores['protocol']}, {scores['estimator']}, "
-            f"{scores['threshold_px']:g} px, by the {'first pair' if scores['k'] == 1 else choice})   all in results.md",
+            f"{scores['threshold_px']:g} px, by the {choice})   all in results.md",
         ]
 
     def _exports(self) -> list[str]:

@@ -78,9 +78,9 @@ def markdown(results: pa.Table) -> str:
     """
     rows = results.to_pylist()
     several = len({row["scene"] for row in rows} - {MEAN, POOLED}) > 1
-    judged = any(row["judged"] for row in rows)
     rows = [row for row in rows if several or row["scene"] not in (MEAN, POOLED)]
-    rows = [row for row in rows if judged or row["protocol"] == "fixed"]  # what is chosen by its AUC needs one
+    if not any(row["judged"] for row in rows):  # the mean is of judged scenes; what is chosen by its AUC needs one
+        rows = [row for row in rows if row["scene"] != MEAN and row["protocol"] == "fixed"]
     lines = [{title: form.format_map(_written(row)) for title, form in COLUMNS.items()} for row in rows]
     titles = [title for title in COLUMNS if not {line[title] for line in lines} <= EMPTY]
     tables: dict[tuple[str, int | None], list[dict]] = {}
@@ -89,10 +89,10 @@ def markdown(results: pa.Table) -> str:
     sections = [
         _section(_title(unit, k), same, titles, table) for (unit, k), same, table in _without_repetition(tables)
     ]
-    return "\n".join([_introduction(rows, several), *sections])
+    return "\n".join([_introduction(rows), *sections])
 
 
-def _introduction(rows: list[dict], several: bool) -> str:
+def _introduction(rows: list[dict]) -> str:
     """What the tables are, in a few sentences."""
     protocols = "Protocol `fixed`: the threshold of the estimator was chosen beforehand"
     if any(row["protocol"] == "paper" for row in rows):
@@ -101,10 +101,11 @@ def _introduction(rows: list[dict], several: bool) -> str:
             "estimator and k, which is optimistic"
         )
     units = "AUC is in percent, errors are in degrees, px (the threshold) are pixels of the original images"
-    told = [protocols, JUDGED_BY, units] if any(row["judged"] for row in rows) else [NOTHING, protocols]
-    if several:
+    judged = any(row["judged"] for row in rows)
+    told = [protocols, JUDGED_BY, units] if judged else [NOTHING, protocols]
+    if any(row["scene"] == MEAN for row in rows):
         told.append(f"{MEAN} is over the scenes, its counts are sums; {POOLED} takes all scenes as one")
-    if any(row["unjudged"] for row in rows):
+    if judged and any(row["unjudged"] for row in rows):
         told.append("Unjudged: the true pose is unknown, or both photographs were taken from one place")
     if any(row["left_out"] for row in rows):
         told.append("Left out: the intrinsics of the query are unknown")
