@@ -51,14 +51,14 @@ from vop.embedding import ShardWriter, hash_file, read_image
 from vop.extraction import ShardExtractor, decode_shard
 from vop.features import FeatureStore, LocalFeatures
 from vop.image import thumbnail
-from vop.matches import SMALLEST_SHARD, Matches
+from vop.matches import Matches, fine
 from vop.matching.interface import seen
 from vop.schema import EmbeddingConfig, MatchingConfig
 
 NEAR = 3  # images by name that count as neighbours
 RENDERED = 60
-EXTRACTION_SHARDS = 16
-QUICK = {"matcher_pairs": 6, "pairs": 32, "extracted": 16, "rounds": 1, "batches": [1, 4]}
+SMALL = {"matching": 8 * CORES, "extraction": 4 * CORES}  # pairs, images: a smallest shard for every worker
+QUICK = {"matcher_pairs": 6, "pairs": 32, "extracted": 24, "rounds": 1, "batches": [1, 4]}
 WAYS = ("pipeline", "one process", "a process per core")
 PACKAGE = "the package, one by one"
 
@@ -73,7 +73,8 @@ def extracted(images: Collection, settings: MatchingConfig, path: str) -> Featur
         store = FeatureStore.create(path, identity, extract.extract.width)
     paths, write = {image.name: image.path for image in images.images}, ShardWriter(store)
     listing = pa.table({name: [getattr(image, name) for image in images.images] for name in catalog.LISTED})
-    _, pending = store.plan(listing, settings.shard_size, False, lambda name: hash_file(paths[name]))
+    size = fine(len(images), settings.shard_size, least=4)
+    _, pending = store.plan(listing, size, False, lambda name: hash_file(paths[name]))
     for shard in tqdm(pending.values(), "features", unit="shard", disable=not pending):
         located = catalog.located(shard, paths, images.root)
         write(extract(decode_shard(located, settings.resize, EmbeddingConfig().max_pixels)))
@@ -340,7 +341,7 @@ def compared(part: str, plan: dict, rounds: int, kept: Kept) -> dict:
 def matching_plan(images: Path, store: FeatureStore, count: int, work: Path) -> dict:
     """What part *matching* measures."""
     pairs = chosen_pairs(sorted(features_of(store)), count)
-    small = pairs[: SMALLEST_SHARD * CORES]
+    small = pairs[: SMALL["matching"]]
     size = MatchingConfig().batch_pairs
     settings = {
         label: [f"images={images}", f"features={store.path}", f"output={work / label}",
@@ -360,13 +361,13 @@ def extraction_plan(images: Collection, count: int, work: Path) -> dict:
         if not copies[-1].exists():
             files.write_bytes(copies[-1], Path(image.path).read_bytes())
     settings = {}
-    for label, number, size in (("small", CORES, 1), ("full", count, max(1, count // EXTRACTION_SHARDS))):
+    for label, number in (("small", SMALL["extraction"]), ("full", count)):
         names = [path.name for path in copies[:number]]
         pairs = [*zip(names[::2], names[1::2], strict=False), (names[-2], names[-1])]
-        settings[label] = [f"images={work / 'images'}", f"output={work / label}", f"matching.shard_size={size}",
+        settings[label] = [f"images={work / 'images'}", f"output={work / label}",
                            f"pair_list={write_list(work / f'{label}.txt', pairs)}"]  # fmt: skip
     paths = list(map(str, copies))
-    return {**settings, "count": count, "small_count": CORES, "found": "keypoints",
+    return {**settings, "count": count, "small_count": SMALL["extraction"], "found": "keypoints",
             "kind": Extraction, "arguments": (),
             "items": [paths[at : at + 2] for at in range(0, count, 2)]}  # fmt: skip
 

@@ -70,6 +70,7 @@ LISTS = {
     "raw tokens": ["embedding.whiten=null", "retrieval.radius=0.2", "retrieval.weights=none"],
 }
 GLOBAL, RANDOM, ALL, ORACLE = "global descriptor", "random", "all pairs", "oracle"
+STEPS = {"features": "extracted_now", "matching": "matched_now", "poses": "posed_now"}  # timed; what they did
 MEDIANS = ("median_rotation_deg", "median_translation_deg")
 NUMBER = re.compile(r"\d+")
 
@@ -209,13 +210,14 @@ def method_folder(pool: Pool, method: str) -> Path:
     return pool.folder / method.replace("+", "-")
 
 
-def note_speed(folder: Path, images: int, features_s: float, pairs: int, matching_s: float, poses_s: float) -> None:
-    """Add what a run computed, and how long it took, to what earlier runs did; they may have been killed."""
+def note_speed(folder: Path, done: dict[str, tuple[int, float]]) -> None:
+    """Add what a run computed (by step: number, seconds) to what earlier runs did: they may have been cut off."""
     path = folder / "speed.json"
     known = files.read_json(path) if path.exists() else {}
-    told = {"images": images, "features_s": features_s * (images > 0), "pairs": pairs,
-            "matching_s": matching_s * (pairs > 0), "poses_s": poses_s}  # fmt: skip
-    files.write_json(path, {key: round(known.get(key, 0) + value, 3) for key, value in told.items()})
+    for step, (number, seconds) in done.items():
+        before = known.get(step, [0, 0.0])
+        known[step] = [before[0] + number, round(before[1] + seconds * (number > 0), 3)]
+    files.write_json(path, known)
 
 
 def posed(pool: Pool, method: str, estimators: list[str], commands: Commands) -> pa.Table | None:
@@ -229,9 +231,7 @@ def posed(pool: Pool, method: str, estimators: list[str], commands: Commands) ->
         print(f"{method} cannot run here: {error}", file=sys.stderr)
     else:
         run = commands.run("relative-pose", settings)
-        seconds, counts = run["timings_s"], run["counts"]
-        note_speed(folder, counts["extracted_now"], seconds["features"], counts["matched_now"], seconds["matching"],
-                   seconds["poses"])  # fmt: skip
+        note_speed(folder, {step: (run["counts"][count], run["timings_s"][step]) for step, count in STEPS.items()})
     return pq.read_table(folder / "poses.parquet") if (folder / "poses.parquet").exists() else None
 
 
@@ -263,19 +263,21 @@ def pose_without_ray(config: Config) -> None:
     matching_s, began = time.monotonic() - began, time.monotonic()
 
     benchmark.cameras.write(files.join(config.output, "cameras.parquet"))
-    _estimate(config, features, matches, wanted)
-    note_speed(Path(config.output), images, features_s, matched, matching_s, time.monotonic() - began)
+    posed_now = _estimate(config, features, matches, wanted)
+    note_speed(Path(config.output), {"features": (images, features_s), "matching": (matched, matching_s),
+                                     "poses": (posed_now, time.monotonic() - began)})  # fmt: skip
 
 
-def _estimate(config: Config, features: FeatureStore, matches: MatchStore, wanted: pa.Table) -> None:
-    """poses.parquet of matched pairs, on all cores; parts that are done are not estimated again."""
-    from vop.pose_estimation import PoseEstimation
+def _estimate(config: Config, features: FeatureStore, matches: MatchStore, wanted: pa.Table) -> int:
+    """poses.parquet of matched pairs, on all cores; returns how many were estimated, not taken up from a run before."""
+    from vop.pose_estimation import SCHEMA, PoseEstimation
 
     cameras, receipts = files.join(config.output, "cameras.parquet"), matches.receipts()
     shards, rows = matches.locate(wanted)
     jobs = [(int(shard), np.sort(rows[shards == shard])) for shard in np.unique(shards)]
     hashes = [(shard, receipts[shard]["sha256"], chosen.tolist()) for shard, chosen in jobs]
-    parts = Parts(config.output, fingerprint(dataclasses.asdict(config.pose), hashes, files.sha256(cameras)), "poses")
+    inputs = fingerprint(dataclasses.asdict(config.pose), hashes, files.sha256(cameras), SCHEMA.names)
+    parts = Parts(config.output, inputs, "poses")
     estimation = PoseEstimation(config.pose, features, matches, cameras, parts)
     asked = []
     for part in parts.missing(len(jobs)):
@@ -286,6 +288,7 @@ def _estimate(config: Config, features: FeatureStore, matches: MatchStore, wante
     with files.atomic(files.join(config.output, "poses.parquet")) as (filesystem, inner):
         poses = pa.concat_tables(parts.read(len(jobs)))
         pq.write_table(poses, inner, filesystem=filesystem, compression="zstd")
+    return sum(map(len, asked))
 
 
 def _written(path: str) -> int:
@@ -453,17 +456,15 @@ def _at(means: dict[str, float], least: float, key: str) -> str:
 
 
 def speed_table(pool: Pool, methods: list[str]) -> dict:
-    """What matching took, start of the workers included."""
+    """How fast features, matches and poses (all estimators and thresholds) were; start of the workers included."""
     record, lines = {}, []
     for method in methods:
         path = method_folder(pool, method) / "speed.json"
-        if path.exists():
-            record[method] = one = files.read_json(path)
-            one["images_per_s"] = round(one["images"] / one["features_s"], 2) if one["features_s"] else None
-            one["pairs_per_s"] = round(one["pairs"] / one["matching_s"], 2) if one["matching_s"] else None
-            keys = ("images", "images_per_s", "pairs", "pairs_per_s", "poses_s")
-            lines.append([method, *(str(one[key]) for key in keys)])
-    columns = ["method", "images", "features: images/s", "pairs", "matches: pairs/s", "poses: s"]
+        known = files.read_json(path) if path.exists() else {}
+        rates = {step: round(number / seconds, 2) for step, (number, seconds) in known.items() if number}
+        record[method] = {f"{step}_per_s": rate for step, rate in rates.items()}
+        lines.append([method, *(f"{rates.get(step, '–')} ({known.get(step, [0])[0]})" for step in STEPS)])
+    columns = ["method", "features: images/s (images)", "matches: pairs/s (pairs)", "poses: pairs/s (pairs)"]
     table(f"{pool.name}: speed on {CORES} cores, start of the workers included", columns, lines)
     return record
 

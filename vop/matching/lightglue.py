@@ -9,8 +9,13 @@ After each layer dropped points leave the row, and so do pairs that are done. So
 library, within float32 rounding; a decision that lies within rounding of its threshold may fall the other way.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+# oneDNN keeps a compiled kernel for each shape it meets, 1,024 of them unless told otherwise, and here nearly every
+# pair has shapes of its own: a matcher grew to 3 GB in 2,000 pairs. Keeping few costs no time. Read at its first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 import numpy as np
 import torch
