@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/vop demo output=demo
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # ALIKED and DISK need torchvision, which brings the newest torch with CUDA (5 GB, runs on a CPU too): an environment of
 # their own, on the pins of constraints.txt but for torch.

@@ -1,7 +1,7 @@
 """What ranked pairs are worth for relative pose, on photographs with true poses: overlap voting against other lists.
 
     python benchmarks/relative_pose.py --data DIR --work DIR [--sets strecha rgbd_office rgbd_kitchen] [--quick]
-    python benchmarks/relative_pose.py --data DIR --work DIR --methods aliked+lightglue --without-ray
+    .venv-lightglue/bin/python benchmarks/relative_pose.py --data DIR --work DIR --methods aliked+lightglue
 
 DIR of the data holds `strecha/SCENE/` with images and `cameras.json`, and a folder for each RGB-D set
 (`vop.datasets.posed`). The scenes of Strecha are ONE pool: nobody tells which images belong together. Every image is a
@@ -21,9 +21,9 @@ truth is not known, are in no list.
 
 A pair is matched and posed once: `vop relative-pose` runs over all pairs of a pool, and every list is scored from the
 poses it writes; that this is what the single command gives, run on images alone, is checked. All of it stays in
-the folder `--work`, and a run that is repeated continues. A method whose packages need an environment without Ray is
-matched and posed there by `--without-ray`, in the same folder; a later run without that option scores it. ALIKED keeps
-1,024 keypoints instead of 2,048 (`KEYPOINTS`), which takes less than half of the time.
+the folder `--work`, and a run that is repeated continues. A method whose packages are in another environment is run
+there (`make test-lightglue` makes it); a later run without them scores the poses that it left. ALIKED keeps 1,024
+keypoints instead of 2,048 (`KEYPOINTS`), which takes less than half of the time.
 
 Printed are Markdown tables; AUC is in percent, the mean over scenes. The last line is one JSON object.
 """
@@ -31,12 +31,10 @@ Printed are Markdown tables; AUC is in percent, the mean over scenes. The last l
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -46,17 +44,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from embed import CORES
-from matching import extracted
-from tqdm import tqdm
 
 from vop import config as configuration
 from vop import files, metrics
 from vop.config import Config
-from vop.datasets.folder import Collection, list_images
+from vop.datasets.folder import list_images
 from vop.datasets.posed import PosedFolder
-from vop.features import FeatureStore
-from vop.matches import MatchStore
-from vop.parts import Parts, fingerprint
 from vop.pose.protocols import evaluate
 from vop.pose.results import AUC_THRESHOLDS, MEAN, rows_of
 from vop.store import EmbeddingStore
@@ -221,7 +214,7 @@ def note_speed(folder: Path, done: dict[str, tuple[int, float]]) -> None:
 
 
 def posed(pool: Pool, method: str, estimators: list[str], commands: Commands) -> pa.Table | None:
-    """Poses of all pairs: computed where the method can run, else as `--without-ray` left them, or None."""
+    """Poses of all pairs: computed where the method can run, else as another environment left them, or None."""
     from vop import matching
 
     folder, settings = method_folder(pool, method), method_settings(pool, method, estimators)
@@ -233,67 +226,6 @@ def posed(pool: Pool, method: str, estimators: list[str], commands: Commands) ->
         run = commands.run("relative-pose", settings)
         note_speed(folder, {step: (run["counts"][count], run["timings_s"][step]) for step, count in STEPS.items()})
     return pq.read_table(folder / "poses.parquet") if (folder / "poses.parquet").exists() else None
-
-
-def pose_without_ray(config: Config) -> None:
-    """Match and pose all pairs of a list in this process: the stores and poses.parquet that the job would write."""
-    from vop import matching, pairs
-    from vop.datasets.benchmark import open_benchmark
-    from vop.matches import located
-    from vop.pair_matching import ShardMatcher
-
-    benchmark, listed = open_benchmark(config), pairs.unordered(pairs.read_given(config.pair_list))
-    sets, settings = benchmark.sets, config.matching
-    began, before = time.monotonic(), _written(config.features_path)
-    features = extracted(Collection(sets.root, sets.images, {}), settings, config.features_path)
-    images, features_s = _written(config.features_path) - before, time.monotonic() - began
-
-    identity = matching.identity(settings)
-    identity["first_shard_of_features"] = features.receipts()[0]["sha256"]  # as the job records it
-    if MatchStore.exists(config.matches_path):
-        matches = MatchStore.open(config.matches_path)
-        matches.check_features(identity)
-    else:
-        matches = MatchStore.create(config.matches_path, identity)
-    wanted = located(features.live(), *(listed[side].combine_chunks() for side in ("image0", "image1")))
-    match, numbers = ShardMatcher(settings, features, matches), matches.plan(wanted, settings.pair_shard_size)
-    began, matched = time.monotonic(), 0
-    for number in tqdm(numbers, "matches", unit="shard"):
-        matched += match(pa.table({"shard": [number]}))["rows"][0].as_py()
-    matching_s, began = time.monotonic() - began, time.monotonic()
-
-    benchmark.cameras.write(files.join(config.output, "cameras.parquet"))
-    posed_now = _estimate(config, features, matches, wanted)
-    note_speed(Path(config.output), {"features": (images, features_s), "matching": (matched, matching_s),
-                                     "poses": (posed_now, time.monotonic() - began)})  # fmt: skip
-
-
-def _estimate(config: Config, features: FeatureStore, matches: MatchStore, wanted: pa.Table) -> int:
-    """poses.parquet of matched pairs, on all cores; returns how many were estimated, not taken up from a run before."""
-    from vop.pose_estimation import SCHEMA, PoseEstimation
-
-    cameras, receipts = files.join(config.output, "cameras.parquet"), matches.receipts()
-    shards, rows = matches.locate(wanted)
-    jobs = [(int(shard), np.sort(rows[shards == shard])) for shard in np.unique(shards)]
-    hashes = [(shard, receipts[shard]["sha256"], chosen.tolist()) for shard, chosen in jobs]
-    inputs = fingerprint(dataclasses.asdict(config.pose), hashes, files.sha256(cameras), SCHEMA.names)
-    parts = Parts(config.output, inputs, "poses")
-    estimation = PoseEstimation(config.pose, features, matches, cameras, parts)
-    asked = []
-    for part in parts.missing(len(jobs)):
-        shard, chosen = jobs[part]
-        asked.append(pa.table({"part": [part] * len(chosen), "shard": [shard] * len(chosen), "row": chosen}))
-    with multiprocessing.get_context("spawn").Pool(CORES) as workers:
-        list(tqdm(workers.imap_unordered(estimation, asked), "poses", len(asked), unit="shard"))
-    with files.atomic(files.join(config.output, "poses.parquet")) as (filesystem, inner):
-        poses = pa.concat_tables(parts.read(len(jobs)))
-        pq.write_table(poses, inner, filesystem=filesystem, compression="zstd")
-    return sum(map(len, asked))
-
-
-def _written(path: str) -> int:
-    """Images in a store of features, 0 where there is none."""
-    return sum(receipt["ok"] for receipt in FeatureStore(path, {}).receipts().values())
 
 
 def with_lists(pool: Pool, allowed: np.ndarray, rankings: dict[str, Ranking], draws: int) -> dict[str, list[Ranking]]:
@@ -498,7 +430,6 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="+", default=["opencv", "poselib"])
     parser.add_argument("--gap", type=int, default=10, help="frames beside a query left out in the second way")
     parser.add_argument("--draws", type=int, default=10, help="random lists, seeds 0, 1, ...")
-    parser.add_argument("--without-ray", action="store_true", help="only match and pose, in one process")
     parser.add_argument("--quick", action="store_true", help="a dozen images of each set: a trial of the script")
     options = parser.parse_args()
     data, work = options.data.absolute(), options.work.absolute() / ("quick" if options.quick else "full")
@@ -511,14 +442,9 @@ def main() -> None:
         if not listing.exists():
             listing.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(pool.table([np.flatnonzero(row) for row in pool.known]), listing)
-        if options.without_ray:
-            for method in options.methods:
-                pose_without_ray(configuration.load(overrides=method_settings(pool, method, options.estimators)))
-        else:
-            result[name] = report(pool, options.methods, options.estimators, gap, draws, commands)
-    if not options.without_ray:
-        print("\n```sh\n" + "\n".join(commands.shown) + "\n```")
-        print(f"\n{json.dumps(result)}")
+        result[name] = report(pool, options.methods, options.estimators, gap, draws, commands)
+    print("\n```sh\n" + "\n".join(commands.shown) + "\n```")
+    print(f"\n{json.dumps(result)}")
 
 
 def report(pool: Pool, methods: list[str], estimators: list[str], gap: int, draws: int, commands: Commands) -> dict:
