@@ -80,8 +80,8 @@ class NearestNeighbours(Matcher):
         if min(len(x), len(y)) < 2:
             return NO_MATCHES
         squared = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * (x @ y.T)
-        nearest1, ratio0 = _nearest(squared)
-        nearest0, ratio1 = _nearest(squared.T)
+        nearest1, ratio0 = _nearest(squared, axis=1)
+        nearest0, ratio1 = _nearest(squared, axis=0)
         rows = np.flatnonzero(nearest0[nearest1] == np.arange(len(x)))
         ratios = np.maximum(ratio0[rows], ratio1[nearest1[rows]])
         kept = ratios < RATIO
@@ -89,14 +89,14 @@ class NearestNeighbours(Matcher):
         return Matches(indices.astype(np.int32), (1 - ratios[kept]).astype(np.float32))
 
 
-def _nearest(squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Column of the smallest of each row, and the ratio of the two smallest distances (1 where both are 0)."""
-    two = np.argpartition(squared, 1, axis=1)[:, :2]
-    values = np.sqrt(np.maximum(np.take_along_axis(squared, two, axis=1), 0))
-    order = np.argsort(values, axis=1, kind="stable")
-    near, far = np.take_along_axis(values, order, axis=1).T
-    ratio = np.divide(near, far, out=np.ones_like(near), where=far > 0)
-    return np.take_along_axis(two, order[:, :1], axis=1)[:, 0], ratio
+def _nearest(squared: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the smallest squared distance along an axis is, and the ratio of the two smallest distances (0 to 0: 1)."""
+    at = np.expand_dims(squared.argmin(axis), axis)
+    near = np.take_along_axis(squared, at, axis)
+    others = squared.copy()
+    np.put_along_axis(others, at, np.inf, axis)
+    near, far = (np.sqrt(np.maximum(values, 0)).ravel() for values in (near, others.min(axis)))
+    return at.ravel(), np.divide(near, far, out=np.ones_like(near), where=far > 0)
 
 
 def open_extractor(config: MatchingConfig, device: str) -> SiftExtractor:
