@@ -58,6 +58,7 @@ KS, OVERLAPS = (1, 5), (0.1, 0.3)
 STEP, APART = {"rgbd_kitchen": 2}, {"rgbd_kitchen": 160}  # each second frame; numbers beyond which the poses drifted
 QUICK = {"per_scene": 4, "frames": 12, "gap": 3, "draws": 2}
 KEYPOINTS = {"aliked+lightglue": 1024}
+RANKED = 50  # all of the default shortlist, so that enough is left where neighbours are left out
 LISTS = {
     "overlap voting": [],
     "raw tokens": ["embedding.whiten=null", "retrieval.radius=0.2", "retrieval.weights=none"],
@@ -173,7 +174,8 @@ def registered(pool: Pool, commands: Commands) -> dict[str, Ranking]:
     rankings = {}
     for label, settings in LISTS.items():
         output = pool.folder / label.replace(" ", "-")
-        commands.run("register", [f"images={pool.images}", f"output={output}", *settings, "report.queries=0"])
+        told = [f"images={pool.images}", f"output={output}", f"retrieval.k={RANKED}", *settings, "report.queries=0"]
+        commands.run("register", told)
         rankings[label] = pool.ranking(pq.read_table(output / "pairs.parquet"))
     globals_, _ = EmbeddingStore.open(str(default_store(pool))).select(pool.names).read()
     similarity = globals_.astype(np.float32) @ globals_.astype(np.float32).T
@@ -332,7 +334,8 @@ def judge(pool: Pool, allowed: np.ndarray, lists: dict, poses: pa.Table, config:
             other = statistics.mean(between_scenes(pool, ranking, k or None) for ranking in rankings)
             mine = {case: value for case, value in scores.items() if case.endswith(f"/{k}")}
             lines.append(line(label, str(k or "all"), other, mine, estimators))
-            record[f"{label}/{k or 'all'}"] = {"between_scenes": round(other, 4)} | rounded(mine)
+            pairs = statistics.mean(len(rows[: k or None]) for ranking in rankings for rows in ranking)
+            record[f"{label}/{k or 'all'}"] = {"between_scenes": round(other, 4), "listed": pairs} | rounded(mine)
     best = {}
     for estimator in estimators:
         ranking = oracle(pool, allowed, poses, estimator, config.pose.threshold)
