@@ -16,6 +16,7 @@ from vop.parts import Parts
 from vop.retrieval.search import Search
 from vop.stages import search
 from vop.stages.search import SearchError
+from vop.steps import pairs as ranking
 
 IMAGES, PARTS, MB = 2000, 100, 2**20
 # A node counts as lost after 2 s instead of 30.
@@ -167,7 +168,7 @@ def test_a_hung_shard_is_named(store, undisturbed, tmp_path, monkeypatch):
             # Short from now on only: a busy machine takes longer to start the shards.
             shards.search = replace(shards.search, retrieval=replace(shards.search.retrieval, timeout_s=5))
 
-    monkeypatch.setattr(pipeline, "search_shards", watched)
+    monkeypatch.setattr(ranking, "search_shards", watched)
     monkeypatch.setattr(Parts, "write", stopping)
     try:
         with pytest.raises(SearchError, match=r"search shards \[1\] of 2 have not answered within 5 s"):

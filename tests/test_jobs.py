@@ -29,27 +29,42 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """A head node on this machine; yields the address jobs are submitted to."""
+    log = tmp_path_factory.mktemp("head") / "log"
+    for _ in range(3):  # on a busy machine its processes give each other up after 30 s
+        process, address = start(log)
+        if answers(process, address):
+            break
+    else:
+        pytest.fail(f"the head did not start: {log.read_text()[-2000:]}")
+    yield address
+    process.terminate()  # `ray start --block` then ends its own processes
+    process.wait(60)
+
+
+def start(log: Path) -> tuple[subprocess.Popen, str]:
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=400000000",
                f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
                f"--dashboard-agent-listen-port={agent}"]  # fmt: skip
     # (The agent's usual port is taken where another Ray runs on this machine, and without its agent no job starts.)
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "RAY_ADDRESS"}
-    log = (tmp_path_factory.mktemp("head") / "log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + 120
-        trial = [RAY, "job", "submit", "--address", address, "--", "true"]
-        # The server answers some seconds before there is an agent that starts jobs.
-        while subprocess.run(trial, env=ENVIRONMENT, capture_output=True).returncode:
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the head did not start: {Path(log.name).read_text()[-2000:]}")
-            time.sleep(1)
-        yield address
-    finally:
-        process.terminate()  # `ray start --block` then ends its own processes
-        process.wait(60)
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    return process, f"http://127.0.0.1:{dashboard}"
+
+
+def answers(process: subprocess.Popen, address: str) -> bool:
+    """Whether the head takes jobs, within two minutes; it is ended if not."""
+    deadline = time.monotonic() + 120
+    trial = [RAY, "job", "submit", "--address", address, "--", "true"]
+    # The server answers some seconds before there is an agent that starts jobs.
+    while process.poll() is None and time.monotonic() < deadline:
+        if subprocess.run(trial, env=ENVIRONMENT, capture_output=True).returncode == 0:
+            return True
+        time.sleep(1)
+    process.terminate()
+    process.wait(60)
+    return False
 
 
 def submit(head: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
