@@ -79,7 +79,7 @@ def photos(tmp_path_factory):
     return folder / "images"
 
 
-def test_jobs_embed_register_and_retrieve(head, photos, tmp_path):
+def test_jobs_embed_register_retrieve_and_pose(head, photos, tmp_path):
     store = f"store={tmp_path}/store"
     embedded = submit(head, "embed.py", f"images={photos}", f"output={tmp_path}/embed", store)
     assert embedded.returncode == 0, embedded.stdout + embedded.stderr
@@ -96,6 +96,11 @@ def test_jobs_embed_register_and_retrieve(head, photos, tmp_path):
     assert {pair["query"] for pair in pairs} == {"0000.jpg", "0001.jpg"}
     everything = pq.read_table(tmp_path / "register" / "pairs.parquet").to_pylist()
     assert pairs == [pair for pair in everything if pair["query"] in ("0000.jpg", "0001.jpg")]
+    listed = (f"pair_list={tmp_path}/register/pairs.parquet", f"cameras={photos}", f"output={tmp_path}/poses")
+    posed = submit(head, "relative_pose.py", f"images={photos}", *listed, "matching.method=sift+nn")
+    assert posed.returncode == 0, posed.stdout + posed.stderr
+    assert "relative poses of 10 queries" in posed.stdout
+    assert "auc@5" in json.loads((tmp_path / "poses" / "metrics.json").read_text())
 
 
 def test_a_job_that_cannot_run_says_why_and_fails(head, photos):
