@@ -16,8 +16,8 @@ query; a list ranks the other images for it, and `vop.pose.protocols` says how i
 
 In video the frame beside the query is the easiest pair there is, so each RGB-D set is judged twice: with all frames,
 and with those up to `--gap` frames before and after the query left out of every list, as place recognition does.
-The kitchen's poses drift: every second of its frames is used, and pairs of frames more than 160 numbers apart, whose
-truth is not known, are in no list.
+Every second frame of these sets is used. The poses of the kitchen drift: pairs of frames more than 160 numbers apart,
+whose truth is not known, are in no list.
 
 A pair is matched and posed once: `vop relative-pose` runs over all pairs of a pool, and every list is scored from the
 poses it writes; that this is what the single command gives, run on images alone, is checked. All of it stays in
@@ -55,7 +55,8 @@ from vop.pose.results import AUC_THRESHOLDS, MEAN, rows_of
 from vop.store import EmbeddingStore
 
 KS, OVERLAPS = (1, 5), (0.1, 0.3)
-STEP, APART = {"rgbd_kitchen": 2}, {"rgbd_kitchen": 160}  # each second frame; numbers beyond which the poses drifted
+STEP = {"rgbd_office": 2, "rgbd_kitchen": 2}  # every second frame
+APART = {"rgbd_kitchen": 160}  # numbers beyond which the poses have drifted
 QUICK = {"per_scene": 4, "frames": 12, "gap": 3, "draws": 2}
 KEYPOINTS = {"aliked+lightglue": 1024}
 RANKED = 50  # all of the default shortlist, so that enough is left where neighbours are left out

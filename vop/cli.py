@@ -12,6 +12,7 @@ COMMANDS = {
     "retrieve": "rank the database images of every query",
     "match": "match the local features of listed pairs, or of those that it registers first",
     "relative-pose": "judge pairs by the relative poses that their matches give",
+    "train": "train the encoder on images whose overlaps are known, or on warped copies of any images",
     "export-matches": "write the features and matches of a finished run for hloc, or as a COLMAP database",
     "report": "write report.html of a finished run again",
     "demo": "render rooms with known overlaps, register them, print precision and recall",

@@ -21,8 +21,9 @@ from vop.schema import Config, ConfigError
 # A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
 ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}
 PATHS = (
-    *("images", "queries", "database", "output", "store", "truth", "positions", "h5"),
+    *("images", "queries", "database", "output", "store", "truth", "positions", "h5", "tokens"),
     *("cameras", "pair_list", "features", "matches", "dataset.root", "export.hloc", "export.colmap"),
+    *("train.labels", "train.scenes", "train.validation", "train.cache"),
 )
 
 

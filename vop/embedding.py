@@ -6,6 +6,7 @@ PyTorch: workers that decode and write need none, and importing it takes each ab
 """
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -42,20 +43,23 @@ def read_image(path: str, max_pixels: int) -> tuple[np.ndarray | None, str | Non
         return None, content, f"cannot read the file: {error.strerror or error}"
 
 
-def decode_shard(planned: pa.Table, image_size: int, max_pixels: int) -> pa.Table:
-    """Read, decode and letterbox the images of a shard.
+def decode_shard(planned: pa.Table, image_size: int, max_pixels: int, view: Callable | None = None) -> pa.Table:
+    """Read, decode and letterbox the images of a shard, or views of them.
 
     `planned` has image_id, name, path, shard; added are width, height, scaled_width, scaled_height (pixels, of the
-    upright image), content, error (null if the image is fine) and pixels (n, S, S, 3) uint8.
+    upright image), content, error (null if the image is fine) and pixels (n, S, S, 3) uint8. `view(name, rgb,
+    image_size)` gives the pixels of a view; None: names are those of images.
     """
     count = planned.num_rows
     pixels = np.zeros((count, image_size, image_size, 3), np.uint8)
     sizes = np.zeros((count, 4), np.int64)
     contents, errors = [None] * count, [None] * count
+    names = planned["name"].to_pylist()
     for i, path in enumerate(planned["path"].to_pylist()):
         rgb, contents[i], errors[i] = read_image(path, max_pixels)
         if rgb is not None:
-            pixels[i], scaled = letterbox(rgb, image_size)
+            shown = rgb if view is None else view(names[i], rgb, image_size)
+            pixels[i], scaled = letterbox(shown, image_size)
             sizes[i] = rgb.shape[1], rgb.shape[0], *scaled
     decoded = {name: sizes[:, i] for i, name in enumerate(["width", "height", "scaled_width", "scaled_height"])}
     decoded |= {"content": pa.array(contents, pa.string()), "error": pa.array(errors, pa.string())}

@@ -47,6 +47,12 @@ class Parts:
         filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
         return pq.read_table(inner, filesystem=filesystem, partitioning=None)
 
+    def described(self, number: int) -> tuple[int, pa.Schema]:
+        """Rows and schema of one part, without its content."""
+        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
+        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            return file.metadata.num_rows, file.schema_arrow
+
     @classmethod
     def all_of(cls, directory: str, kind: str) -> list["Parts"]:
         """The parts of this kind that lie in a directory, whatever inputs they follow from."""

@@ -13,10 +13,11 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, matches, poses
+from vop.steps import embeddings, exports, matches, poses, training
 from vop.steps import pairs as ranking
 from vop.steps.report import known_overlaps, reported
 from vop.store import EmbeddingStore
+from vop.training.plan import split
 from vop.viz.page import write_page
 
 
@@ -92,6 +93,20 @@ def relative_pose(config: Config) -> Run:
         estimated = poses.posed(config, job, matched, benchmark.cameras)
         evaluation = poses.judged(config, job, benchmark, listed, estimated)
         reported(config, job, benchmark.truth, evaluation)
+    return job
+
+
+def train(config: Config) -> Run:
+    """Train the encoder on a collection whose overlaps are known, or on views of its images."""
+    training.check(config)
+    with run.start(config, "train") as job, cluster.connect(config.cluster):
+        training.check_same(config)
+        benchmark = open_benchmark(config)
+        chosen = split(benchmark.sets, config.train)
+        truth, places, chosen = training.supervised(config, job, benchmark, chosen)
+        store, chosen = training.tokenised(config, job, benchmark.sets, chosen)
+        place = training.labelled(config, job, benchmark, store, chosen, truth, places)
+        training.trained(config, job, place)
     return job
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
@@ -88,23 +89,45 @@ class Selection:
         return globals_, patches
 
     def read_mapped(self, directory: str) -> tuple[np.ndarray, np.ndarray]:
-        """Like `read`, but the patches are a read-only memory map of a file in a local directory.
-
-        The file is written if it is not there, one shard in memory at a time. Its name follows from the rows and from
-        the hashes of their shards, so that a later reader of the same rows on the same machine finds it.
-        """
-        manifest, receipts = self.store.manifest, self.store.receipts()
-        hashes = {int(number): receipts[number]["sha256"] for number in np.unique(self.locations[0])}
-        name = hashlib.sha256(json.dumps([hashes, self.image_ids]).encode()).hexdigest()[:32]
-        path, shape = Path(directory) / f"{name}.npy", (len(self), manifest["patches"], manifest["width"])
+        """Like `read`, but the patches are a read-only memory map of a file in a local directory (`_mapped`)."""
+        manifest = self.store.manifest
         globals_ = np.empty((len(self), manifest["global_width"]), float_type(manifest["dtype"]))
-        if not path.exists():
-            with files.atomic(path) as (_, temporary):
-                patches = np.lib.format.open_memmap(temporary, "w+", manifest["dtype"], shape)
-                self._fill({"patches": patches})
-                patches.flush()
+        patches = self._mapped("patches", manifest["width"], manifest["dtype"], directory)
         self._fill({"global": globals_})
-        return globals_, np.load(path, mmap_mode="r")
+        return globals_, patches
+
+    def map_tokens(self, directory: str) -> np.ndarray:
+        """The backbone's tokens (n, P, D) of these images, a read-only memory map of a file in a local directory.
+
+        Raises `StoreError` if the store has none.
+        """
+        manifest = self.store.manifest
+        if not manifest["features"].get("tokens"):
+            raise StoreError(f"the store at {self.store.path} has no tokens: it was made with embedding.tokens=false")
+        return self._mapped("tokens", manifest["token_width"], float_type(manifest["dtype"]), directory)
+
+    def _mapped(self, column: str, width: int, dtype, directory: str) -> np.ndarray:
+        """A column of these images as a memory map.
+
+        The file is written if it is not there, one shard in memory at a time, by one process of a machine. Its name
+        follows from the rows and from the hashes of their shards, so that a later reader of the same rows on the same
+        machine finds it.
+        """
+        receipts = self.store.receipts()
+        hashes = {int(number): receipts[number]["sha256"] for number in np.unique(self.locations[0])}
+        what = [hashes, self.image_ids] if column == "patches" else [column, hashes, self.image_ids]
+        path = Path(directory) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not path.exists():
+                    with files.atomic(path) as (_, temporary):
+                        values = np.lib.format.open_memmap(
+                            temporary, "w+", dtype, (len(self), self.store.manifest["patches"], width)
+                        )
+                        self._fill({column: values})
+                        values.flush()
+        return np.load(path, mmap_mode="r")
 
     def _fill(self, columns: dict[str, np.ndarray]) -> None:
         """Read columns of the images into arrays, a shard at a time."""

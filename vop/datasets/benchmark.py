@@ -12,7 +12,7 @@ from vop.config import Config, ConfigError
 from vop.datasets.camera_sources import open_cameras as open_cameras
 from vop.datasets.image_sets import open_image_sets
 from vop.datasets.layout import Benchmark as Benchmark
-from vop.datasets.posed import overlap_truth
+from vop.datasets.posed import depth_name, overlap_truth
 from vop.schema import DatasetConfig
 
 FORMATS = ("aachen", "colmap", "inloc", "megadepth", "phototourism", "pitts30k")  # modules of vop.datasets
@@ -26,13 +26,19 @@ def open_benchmark(config: Config) -> Benchmark:
     Raises `ConfigError` listing all that is missing, and what the readers raise.
     """
     plain = config.dataset.format is None
-    benchmark = Benchmark(open_image_sets(config)) if plain else _read(config.dataset)
+    benchmark = _plain(config) if plain else _read(config.dataset)
     if config.cameras is not None:
         cameras = open_cameras(config.cameras, benchmark.sets.root, benchmark.sets.names)
         benchmark = dataclasses.replace(benchmark, cameras=cameras)
     if config.truth is not None:
         benchmark = dataclasses.replace(benchmark, overlaps=lambda: overlap_truth(config.truth))
     return benchmark
+
+
+def _plain(config: Config) -> Benchmark:
+    """Images that the config names; a depth map lies beside each, if there are any."""
+    sets = open_image_sets(config)
+    return Benchmark(sets, depths=lambda name: files.join(sets.root, depth_name(name)))
 
 
 def check(dataset: DatasetConfig) -> list[str]:

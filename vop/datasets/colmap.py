@@ -18,6 +18,7 @@ It follows what SIFT could match, hence misses overlap across strong changes of 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sparse
 
 from vop import files
@@ -30,6 +31,9 @@ from vop.schema import DatasetConfig
 
 IMAGES, MODEL = "{scene}/images", "{scene}/sparse"
 PARTS = ("cameras", "images", "points3D")
+POINTS = pa.schema(  # name of an image; of each point it sees the id, and where, pixels
+    [("name", pa.string()), ("id", pa.list_(pa.uint64())), ("x", pa.list_(pa.float64())), ("y", pa.list_(pa.float64()))]
+)
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
 
 
@@ -55,7 +59,12 @@ def read(dataset: DatasetConfig) -> Benchmark:
         known = list(read_cameras(layout.place(dataset, dataset.model or MODEL, scene), scene, prefix))
         cameras.extend(known)
         found.extend(layout.image_files(dataset, [camera.name for camera in known], scene))
-    return Benchmark(layout.one_set(dataset, found), Cameras.of(cameras), lambda: _shared(dataset, scenes))
+    return Benchmark(
+        layout.one_set(dataset, found),
+        Cameras.of(cameras),
+        lambda: _shared(dataset, scenes),
+        points=lambda: _points(dataset, scenes),
+    )
 
 
 def is_model(folder: str) -> bool:
@@ -109,6 +118,25 @@ def _shared(dataset: DatasetConfig, scenes: Sequence[str]) -> OverlapTruth:
         names.extend(prefix + name for name in found)
         blocks.append(block)
     return OverlapTruth(tuple(names), sparse.block_diag(blocks, format="csr", dtype=np.float32))
+
+
+def _points(dataset: DatasetConfig, scenes: Sequence[str]) -> pa.Table:
+    tables = []
+    for number, scene in enumerate(scenes):
+        prefix = layout.below_root(dataset, dataset.images or IMAGES, scene)
+        tables.append(seen_points(layout.place(dataset, dataset.model or MODEL, scene), prefix, number << 48))
+    return pa.concat_tables(tables)
+
+
+def seen_points(folder: str, prefix: str = "", offset: int = 0) -> pa.Table:
+    """`POINTS` of a model. `offset` is added to its ids, to tell those of several models apart."""
+    rows = []
+    for image in _open(folder).images.values():
+        points = image.get_observation_points2D()
+        x, y = np.array([point.xy for point in points], np.float64).reshape(-1, 2).T
+        ids = np.array([point.point3D_id for point in points], np.uint64) + np.uint64(offset)
+        rows.append({"name": prefix + image.name, "id": ids, "x": x, "y": y})
+    return pa.Table.from_pylist(rows, schema=POINTS)
 
 
 def shared_points(folder: str) -> tuple[list[str], sparse.csr_array]:

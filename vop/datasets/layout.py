@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import scipy.sparse as sparse
 
@@ -29,7 +30,9 @@ class Benchmark:
 
     cameras: calibrations and poses, None: no camera is known. overlaps: gives the true overlaps when first asked, None:
     unknown. pairs: the pairs that the benchmark itself prescribes, None: it leaves them to retrieval. withheld: what
-    the benchmark keeps to its own server and so cannot be measured here, for the user to read; None: nothing.
+    the benchmark keeps to its own server and so cannot be measured here, for the user to read; None: nothing. depths:
+    the path of an image's depth map, None: there are none. points: gives the points that the images of COLMAP models
+    see (`vop.datasets.colmap.POINTS`), None: none are known.
     """
 
     sets: ImageSets
@@ -37,6 +40,8 @@ class Benchmark:
     overlaps: Callable[[], OverlapTruth] | None = None
     pairs: tuple[tuple[str, str], ...] | None = None
     withheld: str | None = None
+    depths: Callable[[str], str] | None = None
+    points: Callable[[], pa.Table] | None = None
 
     @cached_property
     def truth(self) -> OverlapTruth | None:

@@ -2,7 +2,7 @@
 
     ROOT/scene_info/0015.npz                                 dataset.model = scene_info/{scene}.npz
     ROOT/Undistorted_SfM/0015/images/3_o.jpg                 as the npz says (image_paths, relative to dataset.images)
-    ROOT/depth_undistorted/0015/3_o.h5                       as the npz says (depth_paths, key `depth`); not needed here
+    ROOT/depth_undistorted/0015/3_o.h5                       as the npz says (depth_paths, relative to ROOT), `depth`
 
     D2-Net, glue-factory: overlap_matrix (N, N): share of the points triangulated in the row's image that the column's
                           image sees too; -1: not computed.
@@ -55,7 +55,7 @@ def _without_images(dataset: DatasetConfig, scene: str) -> list[str]:
 
 def read(dataset: DatasetConfig) -> Benchmark:
     """Images and cameras of the scenes, their overlaps, and the pairs where the files prescribe some."""
-    images, cameras, overlaps, pairs = {}, {}, [], []
+    images, cameras, depths, overlaps, pairs = {}, {}, {}, [], []
     for scene in layout.scenes(dataset, dataset.model or MODEL):
         info = _read(dataset, scene)
         for image in layout.image_files(dataset, info.names, info.world):
@@ -63,21 +63,24 @@ def read(dataset: DatasetConfig) -> Benchmark:
         for camera in info.cameras():
             _check_same(cameras.setdefault(camera.name, camera), camera)
         overlaps.append(info)
+        depths |= zip(info.names, info.depths, strict=True)
         pairs += info.pairs or ()
     return Benchmark(
         layout.one_set(dataset, images.values()),
         Cameras.of(cameras.values()),
         lambda: _overlaps(sorted(images), overlaps),
         tuple(dict.fromkeys(pairs)) or None,
+        depths=depths.__getitem__,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class SceneInfo:
-    """One npz: names, K (N, 3, 3), poses (N, 4, 4), rows and columns of the known overlaps (M,), their values (M,)."""
+    """One npz: names, paths of depth maps, K (N, 3, 3), poses (N, 4, 4), rows, columns and values of overlaps (M,)."""
 
     world: str
     names: list[str]
+    depths: list[str]
     K: np.ndarray
     poses: np.ndarray
     rows: np.ndarray
@@ -100,7 +103,9 @@ def _read(dataset: DatasetConfig, scene: str) -> SceneInfo:
         if lacking or not {"overlap_matrix", "pair_infos"} & set(info):
             wanted = ", ".join(sorted(lacking)) or "both overlap_matrix and pair_infos"
             raise CamerasError(f"{path} lacks {wanted}; it has {', '.join(sorted(info))}")
-        paths, intrinsics, poses = info["image_paths"], info["intrinsics"], info["poses"]
+        paths, intrinsics, poses, depth_paths = (
+            info[key] for key in ("image_paths", "intrinsics", "poses", "depth_paths")
+        )
         if "pair_infos" in info:
             prescribed = list(info["pair_infos"])
             ends = np.array([[int(row) for row in entry[0]] for entry in prescribed]).reshape(-1, 2)
@@ -108,13 +113,15 @@ def _read(dataset: DatasetConfig, scene: str) -> SceneInfo:
             rows, columns = local.reshape(-1, 2).T
             overlap = np.array([float(entry[1]) for entry in prescribed], np.float32)
         else:
-            depths = info["depth_paths"]
-            kept = np.array([row for row in range(len(paths)) if paths[row] is not None and depths[row] is not None])
+            kept = np.array(
+                [row for row in range(len(paths)) if paths[row] is not None and depth_paths[row] is not None]
+            )
             rows, columns, overlap = _symmetric(info["overlap_matrix"][np.ix_(kept, kept)])
     names = [prefix + str(paths[row]) for row in kept]
     pairs = tuple((names[i], names[j]) for i, j in zip(rows, columns, strict=True)) if "pair_infos" in info else None
     K, poses = (np.array([values[row] for row in kept], np.float64) for values in (intrinsics, poses))
-    return SceneInfo(RANGE.sub("", scene), names, K, poses, rows, columns, overlap, pairs)
+    depths = [files.join(dataset.root, str(depth_paths[row])) for row in kept]
+    return SceneInfo(RANGE.sub("", scene), names, depths, K, poses, rows, columns, overlap, pairs)
 
 
 def _symmetric(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

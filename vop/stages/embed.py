@@ -1,6 +1,6 @@
 """Embedding as a Ray Data job: decode, describe, write; one block is one shard, from the plan to the receipt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import ray
@@ -23,19 +23,23 @@ def calibration(config: Config, sample: pa.Table | None) -> Calibration:
         raise error.cause from None  # the reason is the model's or the image's, not Ray's
 
 
-def embed_shards(config: Config, store: EmbeddingStore, shards: dict[int, pa.Table]) -> Iterator[dict]:
+def embed_shards(
+    config: Config, store: EmbeddingStore, shards: dict[int, pa.Table], view: Callable | None = None
+) -> Iterator[dict]:
     """Embed planned shards; yields shard, ok and quarantined counts of each as soon as its receipt is written.
 
     `shards` maps shard numbers to tables of image_id, name, path, shard. Decoding runs as tasks ahead of the models,
-    which live in an actor pool; Ray Data bounds what waits between them.
+    which live in an actor pool; Ray Data bounds what waits between them. `view` as in `decode_shard`.
     """
     if not shards:
         return
     with cluster.whole_blocks(config.cluster):
-        yield from cluster.rows(_dataset(config, store, shards))
+        yield from cluster.rows(_dataset(config, store, shards, view))
 
 
-def _dataset(config: Config, store: EmbeddingStore, shards: dict[int, pa.Table]) -> ray.data.Dataset:
+def _dataset(
+    config: Config, store: EmbeddingStore, shards: dict[int, pa.Table], view: Callable | None
+) -> ray.data.Dataset:
     embedding = config.embedding
     gpu = cluster.gpu_share(embedding.gpus_per_encoder)
     encoders = min(cluster.replicas(embedding.encoders, gpu), len(shards))
@@ -43,7 +47,9 @@ def _dataset(config: Config, store: EmbeddingStore, shards: dict[int, pa.Table])
     shard = {"batch_size": None, "batch_format": "pyarrow"}
     return (
         ray.data.from_arrow([shards[number] for number in sorted(shards)])
-        .map_batches(decode_shard, fn_args=(embedding.image_size, embedding.max_pixels), num_cpus=decoding, **shard)
+        .map_batches(
+            decode_shard, fn_args=(embedding.image_size, embedding.max_pixels, view), num_cpus=decoding, **shard
+        )
         .map_batches(
             Embedder,
             fn_constructor_args=(config, store),

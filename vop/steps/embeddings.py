@@ -1,5 +1,7 @@
 """The store of descriptors: made of a collection, or taken as it is."""
 
+from collections.abc import Callable
+
 import pyarrow as pa
 
 from vop import catalog
@@ -12,8 +14,8 @@ from vop.stages.embed import calibration, embed_shards
 from vop.store import EmbeddingStore
 
 
-def embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
-    """The store with every image of the collection embedded or quarantined."""
+def embedded(config: Config, job: Run, sets: ImageSets, view: Callable | None = None) -> EmbeddingStore:
+    """The store with every image of the collection embedded or quarantined; `view` as in `decode_shard`."""
     listing = sets.listing()
     with job.step("load models"):
         store = _opened(config, listing)
@@ -28,7 +30,7 @@ def embedded(config: Config, job: Run, sets: ImageSets) -> EmbeddingStore:
     with job.step("embed"), progress("embed", total, total - waiting, "images") as bar:
         guard.add(0)
         located = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
-        for written in embed_shards(config, store, located):
+        for written in embed_shards(config, store, located, view):
             bar.update(written["ok"] + written["quarantined"])
             guard.add(written["quarantined"])
     with job.step("finish store"):

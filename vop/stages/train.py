@@ -1,0 +1,156 @@
+"""Training with Ray: labels as a Ray Data job, then Ray Train workers that each read their share of every batch."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import ray
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from vop import files
+from vop.config import Config, ConfigError
+from vop.parts import Parts
+from vop.stages import cluster
+from vop.training.batches import Batch
+from vop.training.labelling import Labelling
+from vop.training.learner import LossError
+from vop.training.loop import Work, train
+from vop.training.place import Place
+
+CACHED_READERS = 2  # tasks of each worker that read tokens ahead: copying from memory, which is quick
+BLOCK = {"batch_size": None, "batch_format": "pyarrow"}
+
+
+def label_parts(config: Config, places: dict[str, str], parts: Parts, planned: Iterable[pa.Table]) -> Iterator[dict]:
+    """Make the labels of planned parts; yields part and pairs as each is written."""
+    planned = list(planned)
+    if not planned:
+        return
+    workers = min(cluster.cpus(), len(planned))
+    with cluster.whole_blocks(config.cluster):
+        yield from cluster.rows(
+            ray.data.from_arrow(planned).map_batches(
+                Labelling,
+                fn_constructor_args=(config, places, parts),
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=min(0.9, 0.9 * cluster.cpus() / workers),
+                **BLOCK,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker is given: the place of the training, and the board that it writes its progress on."""
+
+    place: Place
+    board: ray.actor.ActorHandle
+    threads: int
+
+
+class Board:
+    """Rows of the history, from the first worker to the driver."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    def add(self, row: dict) -> None:
+        """Write a row."""
+        self.rows.append(row)
+
+    def take(self) -> list[dict]:
+        """The rows that were not taken yet."""
+        taken, self.rows = self.rows, []
+        return taken
+
+
+def fit(place: Place, told: Callable[[dict], None]) -> None:
+    """Train on Ray Train's workers until all epochs are done; `told` is given each row of the history as it comes.
+
+    A worker that dies is started again, at most `max_failures` times, and goes on from the last checkpoint. Raises what
+    a worker raised.
+    """
+    config, train_config = place.config, place.config.train
+    gpu = cluster.gpu_share(train_config.gpus_per_worker)
+    workers = train_config.workers or (cluster.replicas(None, gpu) if gpu else 1)
+    if train_config.batch_size % workers:
+        raise ConfigError(f"train.batch_size={train_config.batch_size} cannot be shared by {workers} workers equally")
+    board = ray.remote(num_cpus=0)(Board).remote()
+    records = files.join(config.output, "ray")  # of Ray Train itself: nothing that a later run goes on from
+    files.remove(records)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"share": Share(place, board, max(1, cluster.cpus() // workers))},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpu > 0,
+            resources_per_worker={"CPU": cluster.model_cpus(workers)} | ({"GPU": gpu} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="ray", storage_path=config.output, failure_config=FailureConfig(max_failures=train_config.max_failures)
+        ),
+    )
+    with ThreadPoolExecutor(1) as waiting:
+        result = waiting.submit(trainer.fit)
+        while True:
+            done = wait([result], timeout=1.0).done
+            for row in ray.get(board.take.remote()):
+                told(row)
+            if done:
+                break
+    files.remove(records)
+    try:
+        result.result()
+    except WorkerGroupError as error:
+        raise _reason(error) from None
+
+
+def _reason(error: WorkerGroupError) -> Exception:
+    """What the first worker that failed raised."""
+    failures = list(error.worker_failures.values())
+    cause = next(
+        (failure for failure in failures if isinstance(failure, (LossError, ValueError, OSError))), failures[0]
+    )
+    return getattr(cause, "cause", None) or cause
+
+
+def _work(given: dict) -> None:
+    """What a worker does."""
+    share: Share = given["share"]
+    place, context = share.place, ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(share.threads)
+    device = ray.train.torch.get_device()
+    learner = place.learner(device, partial(ray.train.torch.prepare_model, move_to_device=False), rank)
+    train(
+        learner,
+        place.config.train,
+        Work(
+            folder=place.folder,
+            steps=partial(place.steps, workers),
+            batches=partial(_batches, place, rank, workers),
+            validate=place.validation() if rank == 0 else None,
+            told=share.board.add.remote,
+            together=lambda: ray.train.report({}),
+        ),
+    )
+
+
+def _batches(place: Place, rank: int, workers: int, epoch: int, first: int) -> Iterator[Batch]:
+    """A worker's shares of the batches of an epoch, read ahead by Ray Data: one block is one share."""
+    shares, cached = list(place.shares(epoch, first, rank, workers)), place.config.train.cached
+    with cluster.whole_blocks(place.config.cluster):
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        rows = ray.data.from_arrow(shares).map_batches(
+            place.reader(),
+            compute=ray.data.TaskPoolStrategy(size=CACHED_READERS) if cached else None,
+            num_cpus=min(0.5, 0.1 * cluster.cpus()) if cached else 0.5,
+            **BLOCK,
+        )
+        for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            yield place.batch(block)

@@ -1,0 +1,1 @@
+"""Training of the encoder: labels, pairs, loss, an epoch; plain PyTorch, without Ray."""
