@@ -7,7 +7,7 @@ DIR of the data holds `strecha/SCENE/` with images and `cameras.json`, and a fol
 (`vop.datasets.posed`). The scenes of Strecha are ONE pool: nobody tells which images belong together. Every image is a
 query; a list ranks the other images for it, and `vop.pose.protocols` says how its first k pairs are judged. The lists:
 
-    overlap voting      `vop register`, its defaults
+    overlap voting      `vop register`, its defaults; of a video the shortlist is all frames
     raw tokens          the same without whitening, radius 0.2, votes without weights
     global descriptor   inner products of the global descriptors of the same store, no votes
     random              k images drawn for each query; scores are means over several draws
@@ -59,7 +59,7 @@ STEP = {"rgbd_office": 2, "rgbd_kitchen": 2}  # every second frame
 APART = {"rgbd_kitchen": 160}  # numbers beyond which the poses have drifted
 QUICK = {"per_scene": 4, "frames": 12, "gap": 3, "draws": 2}
 KEYPOINTS = {"aliked+lightglue": 1024}
-RANKED = 50  # all of the default shortlist, so that enough is left where neighbours are left out
+RANKED = 50  # the default shortlist, and all of it is ranked; of a video all frames, as most may be left out
 LISTS = {
     "overlap voting": [],
     "raw tokens": ["embedding.whiten=null", "retrieval.radius=0.2", "retrieval.weights=none"],
@@ -172,10 +172,11 @@ class Commands:
 
 def registered(pool: Pool, commands: Commands) -> dict[str, Ranking]:
     """The rankings that `vop register` makes, and the one by global descriptors."""
-    rankings = {}
+    rankings, ranked = {}, RANKED if pool.name == "strecha" else len(pool.names)
     for label, settings in LISTS.items():
         output = pool.folder / label.replace(" ", "-")
-        told = [f"images={pool.images}", f"output={output}", f"retrieval.k={RANKED}", *settings, "report.queries=0"]
+        told = [f"images={pool.images}", f"output={output}", *settings, "report.queries=0"]
+        told += [f"retrieval.k={ranked}", f"retrieval.shortlist={ranked}"]
         commands.run("register", told)
         rankings[label] = pool.ranking(pq.read_table(output / "pairs.parquet"))
     globals_, _ = EmbeddingStore.open(str(default_store(pool))).select(pool.names).read()

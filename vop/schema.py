@@ -291,7 +291,7 @@ class TrainConfig:
     dropout: float = 0.5
     """Probability, in what the encoder adds for the place of a patch."""
     start: str = "random"
-    """What the projection starts from: random, or whitening (a PCA of a sample of the tokens)."""
+    """What the projection starts from: random, or matches (fitted in closed form to the matches of the first epoch)."""
     positives_per_scene: int = 200
     """Pairs with overlap taken of each scene for an epoch, drawn evenly from the bins of overlap."""
     negatives_per_scene: int = 200
@@ -344,7 +344,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, choices in (("supervision", ("depth", "points", "labels", "homography")),
-                              ("start", ("random", "whitening")), ("negatives", ("clear", "visible")),
+                              ("start", ("random", "matches")), ("negatives", ("clear", "visible")),
                               ("best", ("precision", "recall@1", "recall@5", "loss")),
                               ("precision", (None, "float32", "bfloat16"))):  # fmt: skip
             value = getattr(self, name)

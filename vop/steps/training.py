@@ -1,12 +1,14 @@
 """Training the encoder: tokens of every view, labels of every pair, then epochs over both."""
 
 import dataclasses
+import shlex
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sparse
+from safetensors.numpy import save
 from safetensors.torch import load
 
 from vop import catalog, files
@@ -27,13 +29,15 @@ from vop.training.card import model_card
 from vop.training.events import tensorboard
 from vop.training.labelling import reasons_of
 from vop.training.loop import HISTORY, SCORES
-from vop.training.place import Place, new_encoder
+from vop.training.place import START, Place, new_encoder
 from vop.training.plan import Split
 from vop.training.sampling import VALIDATION
+from vop.training.start import MatchedWhitening
 from vop.training.views import image_of, view_names, view_pixels
 
 CAMERAS, POINTS, IDENTITY = "cameras.parquet", "points.parquet", "training.json"
 IMAGE = ("name", "width", "height", "scaled_width", "scaled_height")
+FITTED = 64  # pairs read at a time
 ANY_TIME = ("epochs", "checkpoint_steps", "workers", "gpus_per_worker", "max_failures", "cache", "accumulate")
 
 
@@ -72,9 +76,7 @@ def tokenised(config: Config, job: Run, sets: ImageSets, chosen: Split) -> tuple
             views += [dataclasses.replace(image, name=name) for name in names]
     views.sort(key=lambda view: view.name)
     names = tuple(view.name for view in views)
-    settings = dataclasses.replace(
-        config.embedding, tokens=True, whiten=train.descriptor_dim if train.start == "whitening" else None
-    )
+    settings = dataclasses.replace(config.embedding, tokens=True, whiten=None)
     of_tokens = dataclasses.replace(config, store=config.tokens_path, embedding=settings)
     store = embedded(of_tokens, job, ImageSets(sets.root, tuple(views), names, names, sets.skipped), view_pixels)
     live = set(store.live()["name"].to_pylist())
@@ -198,6 +200,18 @@ def _planned(number: int, pairs: pa.Table, images: dict[str, dict], benchmark: B
     return table.append_column("part", pa.array([number] * table.num_rows))
 
 
+def started(config: Config, job: Run, place: Place) -> None:
+    """Fit what training starts from to the matches of the first epoch."""
+    path = job.path(START)
+    if config.train.start != "matches" or files.exists(path):
+        return
+    with job.step("start"):
+        fitting, reader, labels = MatchedWhitening(place.store.manifest["token_width"]), place.tokens(), place.labels(0)
+        for at in range(0, labels.num_rows, FITTED):
+            fitting.add([place.batch(reader(labels.slice(at, FITTED)))])
+        files.write_bytes(path, save(fitting.fit(config.train.descriptor_dim).arrays()))
+
+
 def _search(chosen: Split, truth: OverlapTruth | None, most: int) -> tuple[tuple[tuple[str, ...], np.ndarray], ...]:
     """Names and overlaps of the images of each scene that the validation searches."""
     if truth is None:
@@ -255,7 +269,19 @@ def trained(config: Config, job: Run, place: Place) -> str:
     save_encoder(encoder, folder, noted)
     job.metrics |= scores | {"best_step": progressed.best_step}
     job.counts |= {"steps": progressed.step, "steps_now": progressed.step - done, "encoder": folder}
+    job.counts["use"] = _use(config, folder)
     return folder
+
+
+def _use(config: Config, folder: str) -> str:
+    """The settings by which other commands describe images with a trained encoder."""
+    embedding, usual = config.embedding, Config()
+    told = {key: getattr(config, key) for key in ("weights", "block") if getattr(config, key) is not None}
+    for key in ("image_size", "imagenet_normalization"):
+        if getattr(embedding, key) != getattr(usual.embedding, key):
+            told[f"embedding.{key}"] = str(getattr(embedding, key)).lower()
+    told = {"backbone": config.backbone, **told, "encoder": folder}
+    return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in told.items())
 
 
 def _noted(config: Config, place: Place, scores: dict[str, float]) -> dict:

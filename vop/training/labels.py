@@ -58,7 +58,8 @@ def patch_labels(
 
     A patch of image 0 chooses the patch of image 1 in which most of its pixels lie, at least `min_pixels` (among
     equals the one met first, pixels taken row by row); of those that chose the same patch the one with most pixels
-    stays (the first). The same from image 1 to image 0; positive is what both directions chose.
+    stays (the first). The same with the pixels of image 1, where too a patch of image 0 chooses first, as in the
+    original; positive is what both directions chose.
 
     Args:
         size: S, side of the letterbox in pixels, a multiple of 14.
@@ -101,14 +102,18 @@ def depth_correspondence(
     points = points @ cam1_from_cam0[:, :3, :3].float().mT + cam1_from_cam0[:, None, :3, 3].float()
     z = points[..., 2]
     seen = points[..., :2] / z[..., None].clamp(min=NEAREST_Z) * _focal(K1) + K1[:, None, :2, 2].float()
-    known = z0[..., 0] > 0
+    known = _is_depth(z0[..., 0])
     there = torch.isfinite(seen).all(2) & known & (z > NEAREST_Z)
     there &= ((seen >= 0) & (seen <= limits1[:, None])).all(2)
     if depth1 is not None:
         cells = torch.where(there[..., None], seen, 0).long()
         found = depth1.reshape(batch, -1).gather(1, cells[..., 1] * side + cells[..., 0])
-        there &= (found > 0) & ((z - found).abs() <= tolerance * found)
+        there &= _is_depth(found) & ((z - found).abs() <= tolerance * found)
     return Correspondence(pixels.expand(batch, -1), seen, known, there)
+
+
+def _is_depth(z: torch.Tensor) -> torch.Tensor:
+    return (z > 0) & (z < torch.inf)
 
 
 def _focal(K: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def _learned(learner: Learner, batch: Batch, epoch: int, folder: str) -> dict[st
     except LossError as error:
         path = files.join(folder, "nan-batch.safetensors")
         names = ("inputs0", "inputs1", "sizes0", "sizes1", "positive", "negative")
-        tensors = {name: getattr(batch, name).contiguous() for name in names}
+        tensors = {name: getattr(batch, name).cpu().clone() for name in names}  # clone: files hold no shared memory
         tensors |= {f"state.{name}": value for name, value in learner.state().items()}
         files.write_bytes(path, save(tensors))
         raise LossError(

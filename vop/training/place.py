@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load
 
+from vop import files
 from vop.config import Config
 from vop.models.descriptor import IMAGENET_MEAN, IMAGENET_STD
 from vop.models.embedder import load_models
@@ -23,6 +25,7 @@ from vop.training.reading import PixelReader, TokenReader
 from vop.training.sampling import VALIDATION
 from vop.training.validation import SearchSet, validate
 
+START = "start.safetensors"  # mean (D,) and projection (D, E) that training starts from
 RADIUS = 0.2  # of the votes of a trained encoder, as everywhere
 
 
@@ -107,16 +110,16 @@ class Place:
 def new_encoder(config: Config, store: EmbeddingStore) -> Encoder:
     """The encoder that training starts from; its random weights follow from the seed.
 
-    With `start: whitening` the projection is the whitening of the store, and places add nothing at first.
+    With `start: matches` the projection is the one in `START`, and the place of a patch adds nothing at first.
     """
     torch.manual_seed(config.train.seed)
     encoder = Encoder(store.manifest["token_width"], config.train.descriptor_dim, config.train.dropout)
-    if config.train.start == "whitening":
-        arrays = store.calibration()
-        projection = torch.from_numpy(arrays["whitening_projection"].T.copy())
+    if config.train.start == "matches":
+        fitted = load(files.read_bytes(files.join(config.output, START)))
+        projection = fitted["projection"].T
         with torch.no_grad():
             encoder.input_proj.weight.copy_(projection)
-            encoder.input_proj.bias.copy_(-projection @ torch.from_numpy(arrays["whitening_mean"].copy()))
+            encoder.input_proj.bias.copy_(-projection @ fitted["mean"])
             encoder.keypoint_encoder[-1].weight.zero_()
             encoder.keypoint_encoder[-1].bias.zero_()
     return encoder

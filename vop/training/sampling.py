@@ -62,7 +62,8 @@ def epoch_pairs(
             for at in rng.choice(apart, min(negatives, len(apart)), replace=False):
                 drawn.append((names[first[at]], names[second[at]], 0.0))
         else:
-            drawn += _elsewhere(names, everything, negatives, rng)
+            found = _elsewhere(names, everything, negatives, rng)
+            drawn += [pair for pair in found if not truth.matrix[index[pair[0]], index[pair[1]]]]
     return _ordered(drawn, config, epoch)
 
 
@@ -128,6 +129,8 @@ def _elsewhere(names: list[str], everything: list[str], wanted: int, rng: np.ran
 
 
 def _ordered(drawn: list[tuple], config: TrainConfig, epoch: int) -> pa.Table:
+    # two scenes may have drawn the same pair of their images, each its own first
+    drawn = list({frozenset(pair[:2]): pair for pair in drawn}.values())
     rng = _random(config.seed, epoch, "order")
     mirrored = rng.random(len(drawn)) < 0.5 * (config.flip and epoch != VALIDATION)
     rows = []

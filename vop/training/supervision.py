@@ -129,7 +129,10 @@ def read_depth(path: str) -> np.ndarray:
         data = files.read_bytes(path)
         if path.endswith((".h5", ".hdf5")):
             with h5py.File(io.BytesIO(data), "r") as file:
-                return np.asarray(file["depth"], np.float32)
+                depth = np.asarray(file["depth"], np.float32)
+            if depth.ndim != 2:
+                raise ValueError(f"{path} has {depth.ndim} axes")
+            return depth
         return decode_depth(data, path)
     except FileNotFoundError as error:
         raise LabelError("depth map missing") from error
@@ -255,11 +258,12 @@ class PreparedSupervision:
                     break
             else:
                 return LabelError("pair not in the file of labels")
-        except (OSError, KeyError):
+        except (OSError, KeyError, ValueError):
             return LabelError("labels cannot be read")
         patches = (self.size // 14) ** 2
-        if matrix.shape != (patches, patches):
-            return LabelError(f"labels of shape {matrix.shape}, not {(patches, patches)}")
+        for values in (matrix, counts):
+            if values.shape != (patches, patches):
+                return LabelError(f"labels of shape {values.shape}, not {(patches, patches)}")
         if ends[0] != names[0]:
             matrix, counts = matrix.T, counts.T
         if flipped(pair["view0"]):
