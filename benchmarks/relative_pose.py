@@ -433,7 +433,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["strecha", "rgbd_office", "rgbd_kitchen"])
     parser.add_argument("--methods", nargs="+", default=["xfeat+lighterglue", "sift+nn", "aliked+lightglue"])
     parser.add_argument("--estimators", nargs="+", default=["opencv", "poselib"])
-    parser.add_argument("--gap", type=int, default=10, help="frames beside a query left out in the second way")
+    parser.add_argument("--gap", type=int, default=5, help="frames beside a query left out in the second way")
     parser.add_argument("--draws", type=int, default=10, help="random lists, seeds 0, 1, ...")
     parser.add_argument("--quick", action="store_true", help="a dozen images of each set: a trial of the script")
     options = parser.parse_args()

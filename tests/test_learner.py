@@ -112,7 +112,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, steps):
     whole = learner()
     train(whole, CONFIG, work(tmp_path / "whole"))
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     counted = itertools.count()
@@ -121,11 +121,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, steps):
 
     def step(*given):
         if next(counted) == steps:
-            raise Killed
+            raise KilledError
         return plain(*given)
 
     dying.step = step
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(dying, CONFIG, work(tmp_path / "killed"))
     again = learner(dataclasses.replace(CONFIG))
     torch.rand(steps)  # whatever the process did with its random numbers
@@ -133,7 +133,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, steps):
     assert_equal(weights(whole), weights(again))
     assert_equal(*(load_file(tmp_path / name / "best.safetensors") for name in ("whole", "killed")))
     kept = ["epoch", "step", "learning_rate", "loss", "positive_loss", "negative_loss"]
-    whole_rows, rows = (pq.read_table(tmp_path / name / "training.parquet").select(kept) for name in ("whole", "killed"))
+    whole_rows, rows = (
+        pq.read_table(tmp_path / name / "training.parquet").select(kept) for name in ("whole", "killed")
+    )
     same = [row for row in rows.to_pylist() if row["step"] % PER_EPOCH == 0]
     by_step = {row["step"]: row for row in whole_rows.to_pylist()}
     # A row holds the mean of the steps since the last row: of a resumed epoch, of those after the checkpoint.

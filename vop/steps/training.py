@@ -148,7 +148,7 @@ def labelled(
         images = {row["name"]: row for row in store.live().select([*IMAGE]).to_pylist()}
     with job.step("labels"), progress("labels", last, last - len(missing), "parts") as bar:
         tables = (
-            _planned(number, pairs, images, benchmark)
+            _planned(number, pairs, images, benchmark, config)
             for epoch in wanted
             for number, pairs in zip(
                 plan.parts_of(epoch, per_epoch),
@@ -183,15 +183,18 @@ def labelled(
     )
 
 
-def _planned(number: int, pairs: pa.Table, images: dict[str, dict], benchmark: Benchmark) -> pa.Table:
+def _planned(number: int, pairs: pa.Table, images: dict[str, dict], benchmark: Benchmark, config: Config) -> pa.Table:
     """A part for `vop.training.labelling.Labelling`: what is known of both images of every pair."""
     rows = []
     for pair in pairs.to_pylist():
         for side in (0, 1):
-            image = images[image_of(pair[f"view{side}"])]
+            view = pair[f"view{side}"]
+            image = images.get(view) or images[image_of(view)]  # a view that is not cached has the sizes of its image
             pair |= {f"{key}{side}": image[key] for key in IMAGE[1:]}
-            name = image["name"]
-            pair[f"depth{side}"] = None if benchmark.depths is None else benchmark.depths(name)
+            pair[f"depth{side}"] = None if benchmark.depths is None else benchmark.depths(image_of(view))
+        narrow = any(pair[f"scaled_width{side}"] < config.embedding.image_size for side in (0, 1))
+        if config.train.supervision == "labels" and narrow:  # prepared labels of a portrait cannot be mirrored
+            pair |= {view: image_of(pair[view]) for view in ("view0", "view1")}
         rows.append(pair)
     sides = [(f"{key}{side}", pa.int64()) for side in (0, 1) for key in IMAGE[1:]]
     schema = pa.schema([("view0", pa.string()), ("view1", pa.string()), ("overlap", pa.float32()), *sides,

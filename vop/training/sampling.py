@@ -87,8 +87,7 @@ def view_pairs(scenes: Mapping[str, Sequence[str]], config: TrainConfig, epoch: 
             views = view_names(names[number % len(names)], False, config.warps)
             pair = tuple(sorted(rng.choice(len(views), 2, replace=False)))
             ends = views[pair[0]], views[pair[1]]
-            overlap = view_overlap(*ends)
-            if ends not in seen and overlap >= config.min_overlap:
+            if ends not in seen and (overlap := view_overlap(*ends)) >= config.min_overlap:
                 seen.add(ends)
                 drawn.append((*ends, overlap))
         drawn += _elsewhere(names, everything, negatives, rng)
