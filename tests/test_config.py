@@ -7,6 +7,8 @@ import pytest
 
 from vop.config import KEYS, PATHS, Config, ConfigError, documented, load, to_yaml
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
 
 def write(path: Path, text: str) -> str:
     path.write_text(text)
@@ -180,6 +182,7 @@ def test_weights_become_absolute_only_if_they_are_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", PATHS)
 def test_a_relative_path_is_refused_with_a_cluster(key):
     told = ["output=/shared/run", "cluster.address=auto"]
+    told += ["train.supervision=labels"] * (key == "train.labels")
     with pytest.raises(ConfigError, match=f"{key} is the relative path 'relative/place'.*absolute path"):
         load([], [*told, f"{key}=relative/place"])
     config = load([], [*told, f"{key}=gs://bucket/place"])
@@ -222,3 +225,22 @@ def test_every_key_has_a_meaning_and_its_default():
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().retrieval.k = 5
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_file_loads(path):
+    assert load([str(path)]) != Config()
+
+
+def test_recipes_of_training_differ_in_where_matches_come_from():
+    recipes = {path.stem: load([str(path)]) for path in (CONFIGS / "train").iterdir()}
+    assert {name: (recipe.dataset.format, recipe.train.supervision) for name, recipe in recipes.items()} == {
+        "overlap": (None, "depth"),
+        "homography": (None, "homography"),
+        "colmap": ("colmap", "points"),
+        "megadepth": ("megadepth", "depth"),
+    }
+    usual = Config().train
+    assert {dataclasses.replace(recipe.train, supervision="depth") for recipe in recipes.values()} == {usual}
+    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    assert all(f"configs/train/{name}.yaml" in text for name in recipes)

@@ -15,10 +15,11 @@ from vop.run import Run
 from vop.stages import cluster
 from vop.steps import embeddings, exports, matches, poses, training
 from vop.steps import pairs as ranking
-from vop.steps.report import known_overlaps, reported
+from vop.steps.report import known_overlaps, reported, reported_training
 from vop.store import EmbeddingStore
 from vop.training.plan import split
 from vop.viz.page import write_page
+from vop.viz.trained import write_training_page
 
 
 def embed(config: Config) -> Run:
@@ -106,7 +107,9 @@ def train(config: Config) -> Run:
         truth, places, chosen = training.supervised(config, job, benchmark, chosen)
         store, chosen = training.tokenised(config, job, benchmark.sets, chosen)
         place = training.labelled(config, job, benchmark, store, chosen, truth, places)
+        training.started(config, job, place)
         training.trained(config, job, place)
+        reported_training(config, job)
     return job
 
 
@@ -135,6 +138,9 @@ def report(config: Config) -> Run:
     recorded = configuration.load([files.join(config.output, "config.yaml")])
     recorded = dataclasses.replace(recorded, output=config.output, report=config.report)
     job = Run.read(config.output)
+    if job.command == "train":
+        job.report = write_training_page(recorded, job)
+        return job
     posed = poses.judged_again(recorded, job) if job.command == "relative-pose" else None
     if "pairs" not in job.counts and posed is None:
         raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")

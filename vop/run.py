@@ -59,7 +59,9 @@ class Run:
         """What happened, for a person."""
         counts = self.counts
         lines = [f"vop {self.command}: done in {self.timings.get('total', 0):.1f} s"]
-        if "images" in counts:
+        if self.command == "train":
+            lines += self._tokens()
+        elif "images" in counts:
             lines.append(
                 f"  images       {counts['images']} in the store ({counts['embedded_now']} embedded by this run, "
                 f"{counts['added']} new, {counts['changed']} changed), {counts['quarantined']} in quarantine"
@@ -91,6 +93,7 @@ class Run:
         lines += self._matches()
         lines += self._poses()
         lines += self._exports()
+        lines += self._training()
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
         lines.append(f"  seconds      {steps}")
         if self.command not in ("export-h5", "export-matches"):
@@ -165,6 +168,43 @@ class Run:
             f"    {area} (percent; protocol {scores['protocol']}, {scores['estimator']}, "
             f"{scores['threshold_px']:g} px, by the {choice})   all in results.md",
         ]
+
+    def _tokens(self) -> list[str]:
+        counts = self.counts
+        if "images" not in counts:
+            return []
+        now = counts["embedded_now"]
+        return [f"  tokens       of {counts['images']} views of images ({now} computed by this run), "
+                f"{counts['quarantined']} in quarantine"]  # fmt: skip
+
+    def _training(self) -> list[str]:
+        counts, scores = self.counts, self.metrics
+        lines = [
+            f"  left out     {number} images: {why}" for why, number in counts.get("images_without_overlap", {}).items()
+        ]
+        if "pairs_labelled" in counts:
+            validated = f", {counts['validation_pairs']} for the validation" if counts["validation_pairs"] else ""
+            lines += [
+                f"  labels       of {counts['pairs_labelled']} pairs: {counts['pairs_of_an_epoch']} in an "
+                f"epoch{validated}",
+                *(f"                 {number} pairs left out: {why}"
+                  for why, number in counts["pairs_without_labels"].items()),
+            ]  # fmt: skip
+        if "steps" in counts:
+            lines.append(f"  steps        {self._steps()}")
+            found = [f"{name} {scores[name]:.1%}" for name in ("precision", "recall@1", "recall@5") if name in scores]
+            if "validation_loss" in scores:
+                found.append(f"loss {scores['validation_loss']:.4f}")
+            told = ", ".join(found) or "none: what the last step left is kept (train.validation=FILE)"
+            lines.append(f"  validation   {told}")
+            lines.append(f"  encoder      {counts['encoder']}: beside model.safetensors a README.md, its model card")
+            lines.append(f"               vop register images=DIR output=DIR {counts['use']}")
+        return lines
+
+    def _steps(self) -> str:
+        steps, now = self.counts["steps"], self.counts["steps_now"]
+        done = f"{steps} ({now} by this run)" if now else f"{steps}, all of them done before (more: train.epochs)"
+        return f"{done}, kept: the weights after step {self.metrics['best_step']}"
 
     def _exports(self) -> list[str]:
         counts, lines = self.counts, []

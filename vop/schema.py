@@ -279,13 +279,13 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a worker computes its share of a batch in, one after the other, to save memory."""
     learning_rate: float = 1e-4
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     decay_from: int = 10
     """First epoch, from 0, with a smaller learning rate."""
     decay: float = 10**-0.1
     """Factor of the learning rate in each epoch from then on."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     descriptor_dim: int = 256
     """E, numbers of a descriptor."""
     dropout: float = 0.5

@@ -137,6 +137,7 @@ def _work(given: dict) -> None:
             validate=place.validation() if rank == 0 else None,
             told=share.board.add.remote,
             together=lambda: ray.train.report({}),
+            workers=workers,
         ),
     )
 

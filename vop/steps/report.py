@@ -1,4 +1,4 @@
-"""What a run ends with: metrics.json, report.html, and the error curves of relative poses."""
+"""What a run ends with: metrics.json, report.html, and the curves of relative poses or of a training."""
 
 import dataclasses
 import warnings
@@ -9,6 +9,7 @@ from vop.datasets.benchmark import check, open_benchmark
 from vop.datasets.posed import OverlapTruth, overlap_truth
 from vop.pose.protocols import Evaluation
 from vop.run import Run
+from vop.viz import trained
 from vop.viz.page import CURVES, write_curves, write_page
 
 
@@ -43,3 +44,14 @@ def reported(config: Config, job: Run, truth: OverlapTruth | None, poses: Evalua
     if config.report.queries:
         with job.step("report"):
             job.report = write_page(config, job, truth, poses)
+
+
+def reported_training(config: Config, job: Run) -> None:
+    """Write report.html and the curves of a training."""
+    for stale in ("report.html", *trained.CURVES):  # of an earlier run in the same directory
+        files.remove(job.path(stale))
+    with job.step("curves"):
+        trained.write_training_curves(job)
+    if config.report.queries:
+        with job.step("report"):
+            job.report = trained.write_training_page(config, job)

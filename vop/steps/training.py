@@ -15,7 +15,7 @@ from vop import catalog, files
 from vop.config import Config, ConfigError
 from vop.datasets.benchmark import Benchmark
 from vop.datasets.image_sets import ImageSets
-from vop.datasets.posed import OVERLAP, OverlapTruth, read_overlap, write_overlap
+from vop.datasets.posed import OverlapTruth, read_overlap, write_overlap
 from vop.models.encoder import save_encoder
 from vop.pairs import read_parquet
 from vop.parts import Parts, fingerprint
@@ -38,7 +38,10 @@ from vop.training.views import image_of, view_names, view_pixels
 CAMERAS, POINTS, IDENTITY = "cameras.parquet", "points.parquet", "training.json"
 IMAGE = ("name", "width", "height", "scaled_width", "scaled_height")
 FITTED = 64  # pairs read at a time
-ANY_TIME = ("epochs", "checkpoint_steps", "workers", "gpus_per_worker", "max_failures", "cache", "accumulate")
+ANY_TIME = (  # what may change between two runs of one training
+    *("epochs", "checkpoint_steps", "workers", "gpus_per_worker", "max_failures", "cache", "accumulate"),
+    *("max_bad_fraction", "data_licence"),
+)
 
 
 def check(config: Config) -> None:
@@ -47,16 +50,17 @@ def check(config: Config) -> None:
         raise ConfigError("train makes an encoder from a backbone's tokens: give no encoder")
 
 
-def check_same(config: Config) -> None:
-    """Refuse to go on in a run directory with settings that give another encoder; note those of a new one."""
+def _identity(config: Config) -> dict:
+    """The settings that decide what encoder comes out."""
     identity = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in ANY_TIME}
     identity |= {key: getattr(config, key) for key in ("images", "cameras", "truth", "backbone", "weights", "block")}
-    identity |= {"dataset": dataclasses.asdict(config.dataset), "image_size": config.embedding.image_size}
-    path = files.join(config.output, IDENTITY)
-    if not files.exists(path):
-        files.write_json(path, identity)
-        return
-    known = files.read_json(path)
+    return identity | {"dataset": dataclasses.asdict(config.dataset), "image_size": config.embedding.image_size}
+
+
+def check_same(config: Config) -> None:
+    """Refuse to go on in a run directory where a training with settings that give another encoder was begun."""
+    path, identity = files.join(config.output, IDENTITY), _identity(config)
+    known = files.read_json(path) if files.exists(path) else identity
     other = [key for key in identity if known.get(key) != identity[key]]
     if other:
         lines = "".join(f"  {key}: the run has {known.get(key)!r}, now {identity[key]!r}\n" for key in sorted(other))
@@ -117,13 +121,14 @@ def _overlaps(config: Config, job: Run, benchmark: Benchmark, chosen: Split) -> 
         return benchmark.truth
     if config.train.supervision != "depth":
         raise ConfigError("the overlaps of the images are not known: give truth=..., an overlap.parquet")
-    path = job.path(OVERLAP)
-    if not files.exists(path):
+    name = f"overlap-{fingerprint(chosen.names, files.sha256(job.path(CAMERAS)))}"
+    path, told = (job.path(f"{name}.{suffix}") for suffix in ("parquet", "json"))
+    if not files.exists(told):
         depths = {name: benchmark.depths(name) for name in chosen.names}
         truth, reasons = plan.depth_overlaps(chosen.names, benchmark.cameras, depths)
         write_overlap(path, truth)
-        files.write_json(job.path("overlap.json"), reasons)
-    job.counts["images_without_overlap"] = files.read_json(job.path("overlap.json"))
+        files.write_json(told, reasons)
+    job.counts["images_without_overlap"] = files.read_json(told)
     return OverlapTruth(*read_overlap(path))
 
 
@@ -138,7 +143,7 @@ def labelled(
     train, per_epoch = config.train, plan.parts_per_epoch(chosen, config.train)
     worlds = None if benchmark.cameras is None else {camera.name: camera.world for camera in benchmark.cameras}
     epochs = range(VALIDATION, train.epochs)
-    identity = files.read_json(files.join(config.output, IDENTITY))
+    identity = _identity(config)
     inputs = {name: files.sha256(path) for name, path in places.items()}
     parts = Parts(config.output, fingerprint(identity, inputs, chosen.training, chosen.validation, plan.PART), "labels")
     with job.step("plan"):
@@ -167,6 +172,10 @@ def labelled(
             reasons.update(reasons_of(schema))
     parts.remove(but_these=True)
     _check_labels(config, counts, reasons)
+    search = _search(chosen, truth, train.validation_images)
+    if train.best.startswith("recall") and chosen.validation and not search:
+        raise ConfigError(f"train.best={train.best} needs images whose overlaps are known: use precision or loss")
+    files.write_json(job.path(IDENTITY), identity)  # not before: what was refused so far leaves nothing behind
     job.counts |= {"pairs_labelled": sum(counts), "pairs_without_labels": dict(reasons.most_common()),
                    "pairs_of_an_epoch": counts[1], "validation_pairs": counts[0]}  # fmt: skip
     paths = {} if train.cached else {image.name: image.path for image in benchmark.sets.images}
@@ -178,7 +187,7 @@ def labelled(
         tuple(counts[1:]),
         counts[0],
         chosen,
-        _search(chosen, truth, train.validation_images),
+        search,
         paths,
     )
 
@@ -234,6 +243,9 @@ def _check_labels(config: Config, counts: list[int], reasons: Counter) -> None:
     if bad > config.train.max_bad_fraction * total:
         raise ConfigError(f"{bad} of {total} pairs have no labels, more than train.max_bad_fraction="
                           f"{config.train.max_bad_fraction:g}: {shown}")  # fmt: skip
+    if config.train.validation and not counts[0]:
+        raise ConfigError(f"train.validation={config.train.validation} leaves no pairs to validate on: "
+                          "its images do not overlap")  # fmt: skip
     if not min(counts[1:]):
         raise ConfigError(
             f"there are no pairs to train on{': ' + shown if bad else ''}: no two images overlap by "

@@ -46,6 +46,7 @@ class Labelling:
         """Make the labels of pairs that were not met before: small collections draw the same pairs in many epochs."""
         while self.known and len(self.known) + len(pairs) > KEPT:
             self.known.pop(next(iter(self.known)))
+        pairs = sorted(pairs, key=lambda pair: (pair["view0"], pair["view1"]))  # so that a depth map is read once
         for pair, labels in zip(pairs, self.supervision.labels(pairs), strict=True):
             row = labels if isinstance(labels, LabelError) else label_row(pair, labels, self.negatives)
             self.known[pair["view0"], pair["view1"]] = row

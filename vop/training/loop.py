@@ -28,7 +28,7 @@ class Work:
 
     batches: this worker's shares of the batches of an epoch, from a place in it on. validate: scores of the encoder,
     called after each epoch on the first worker; None: no validation. told: given each row of the history, on the first
-    worker. together: waits for all workers, after every epoch.
+    worker. together: waits for all workers, after every epoch. workers: their number.
     """
 
     folder: str
@@ -36,6 +36,7 @@ class Work:
     batches: Callable[[int, int], Iterable[Batch]]
     validate: Callable[[Learner], dict[str, float]] | None = None
     told: Callable[[dict], None] = lambda row: None
+    workers: int = 1
     together: Callable[[], None] = lambda: None
 
 
@@ -53,11 +54,11 @@ def train(learner: Learner, config: TrainConfig, work: Work) -> Progress:
     history = History(work.folder, progress.step) if first else None
     while progress.epoch < config.epochs:
         epoch, total = progress.epoch, work.steps(progress.epoch)
-        means = _Means(config.batch_size)
+        means = _Means()
         for batch in work.batches(epoch, progress.batch):
             losses = _learned(learner, batch, epoch, work.folder)
             progress = replace(progress, batch=progress.batch + 1, step=learner.step_number)
-            means.add(losses)
+            means.add(losses, len(batch) * work.workers)
             if progress.step % EVERY == 0 or progress.batch == total:
                 row = {
                     "epoch": epoch,
@@ -140,16 +141,17 @@ class History:
 class _Means:
     """Losses of several steps."""
 
-    def __init__(self, pairs: int):
-        self.pairs, self.rows, self.since = pairs, [], time.monotonic()
+    def __init__(self):
+        self.rows, self.pairs, self.since = [], 0, time.monotonic()
 
-    def add(self, losses: dict[str, float]) -> None:
+    def add(self, losses: dict[str, float], pairs: int) -> None:
         self.rows.append(losses)
+        self.pairs += pairs
 
     def row(self) -> dict[str, float]:
         """The means since the last row."""
         now = time.monotonic()
-        rate = self.pairs * len(self.rows) / max(now - self.since, 1e-9)
+        rate = self.pairs / max(now - self.since, 1e-9)
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in LOSSES}
-        self.rows, self.since = [], now
+        self.rows, self.pairs, self.since = [], 0, now
         return means | {"pairs_per_s": rate}

@@ -250,6 +250,10 @@ class PreparedSupervision:
 
     def _of(self, file: h5py.File, pair: dict) -> PatchLabels | LabelError:
         names = [image_of(pair[side]) for side in ("view0", "view1")]
+        patches = (self.size // 14) ** 2
+        if not pair["overlap"]:  # images that share nothing need no file to say so
+            nothing, everywhere = torch.zeros(1, patches, patches, dtype=torch.bool), torch.ones(1, patches).bool()
+            return PatchLabels(nothing, nothing.int(), nothing, ~everywhere, ~everywhere, everywhere, everywhere)
         try:
             for ends in (names, names[::-1]):
                 if (place := "/".join(map(key, ends))) in file:
@@ -260,7 +264,6 @@ class PreparedSupervision:
                 return LabelError("pair not in the file of labels")
         except (OSError, KeyError, ValueError):
             return LabelError("labels cannot be read")
-        patches = (self.size // 14) ** 2
         for values in (matrix, counts):
             if values.shape != (patches, patches):
                 return LabelError(f"labels of shape {values.shape}, not {(patches, patches)}")

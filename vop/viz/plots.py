@@ -49,6 +49,7 @@ STYLE = {
     "grid.alpha": 0.12,
     "grid.linewidth": 0.6,
 }
+PAPER = STYLE | {key: "black" for key, value in STYLE.items() if value == INK} | {"svg.fonttype": "path"}  # a file
 
 
 def histogram(values: np.ndarray, label: str, counted: str, alt: str) -> Markup:
@@ -82,7 +83,7 @@ def histogram(values: np.ndarray, label: str, counted: str, alt: str) -> Markup:
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=5)
-        return _inline(figure, alt)
+        return inline(figure, alt)
 
 
 def error_curves(curves: Sequence[tuple[str, np.ndarray]], title: str, alt: str) -> Markup:
@@ -100,7 +101,7 @@ def error_curves(curves: Sequence[tuple[str, np.ndarray]], title: str, alt: str)
         figure = Figure(figsize=(5.4, 3.9), layout="constrained")
         _draw_curves(figure.add_subplot(), curves, title, CURVES)
         _legend(figure, [label for label, _ in curves], columns=1 if len(curves) < 3 else 2)
-        return _inline(figure, alt)
+        return inline(figure, alt)
 
 
 def curves_file(panels: Mapping[str, Sequence[tuple[str, np.ndarray]]], suffix: str) -> bytes:
@@ -115,17 +116,13 @@ def curves_file(panels: Mapping[str, Sequence[tuple[str, np.ndarray]]], suffix: 
     Returns:
         The content of the file; the same curves give the same bytes with the same Matplotlib.
     """
-    black = dict.fromkeys((key for key, value in STYLE.items() if value == INK), "black")
-    with matplotlib.rc_context(STYLE | black | {"svg.fonttype": "path"}):
+    with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
         parts = figure.subfigures(1, len(panels), squeeze=False)[0]
         for part, (title, curves) in zip(parts, panels.items(), strict=True):
             _draw_curves(part.add_subplot(), curves, title, SLIDE_COLORS)
             _legend(part, [label for label, _ in curves], columns=1 if len(curves) < 3 else 2)
-        content = io.BytesIO()
-        undated = {"Date": None} if suffix == "svg" else {}
-        figure.savefig(content, format=suffix, dpi=200, facecolor="white", metadata=undated)
-    return content.getvalue()
+        return as_file(figure, suffix)
 
 
 def recall_steps(errors: np.ndarray, most: float = MOST_DEGREES) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +169,14 @@ def _legend(figure: Figure, labels: Sequence[str], columns: int) -> None:
     )
 
 
-def _inline(figure: Figure, alt: str) -> Markup:
+def as_file(figure: Figure, suffix: str) -> bytes:
+    """A figure drawn in the style `PAPER` as the content of a file, png or svg, on white."""
+    content, undated = io.BytesIO(), {"Date": None} if suffix == "svg" else {}
+    figure.savefig(content, format=suffix, dpi=200, facecolor="white", metadata=undated)
+    return content.getvalue()
+
+
+def inline(figure: Figure, alt: str) -> Markup:
     """The figure's `<svg>` in the page's colours, without what would reach beyond it: style sheet and unused ids."""
     text, undated = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": alt}):  # the ids of two plots on one page must differ

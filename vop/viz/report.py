@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -16,11 +15,11 @@ from vop.image import thumbnail, to_jpeg
 from vop.viz import matches, plots
 from vop.viz.matches import Photo, Picture
 from vop.viz.pose_report import PoseReport, section
+from vop.viz.template import rendered
 
 PHOTO_LONG_SIDE = 448
 POSED_LONG_SIDE = 720  # drawings of local matches are larger, and few
 PHOTO_QUALITY = 80
-QUARANTINE_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -97,24 +96,15 @@ class Report:
 
 def write_report(report: Report) -> str:
     """The page as HTML text; the same report gives the same text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vop", "viz"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     photos = _Photos()
-    return environment.get_template("report.html").render(
-        report=report,
+    return rendered(
+        "report.html",
+        report,
         panels=[_panel(panel, report, photos) for panel in report.panels],
         poses=report.poses and section(report.poses, lambda photo: photos.add(photo, POSED_LONG_SIDE)),
         photos=photos.elements,
         heat=matches.heat_stops(),
         plots=_histograms(report),
-        quarantine_shown=QUARANTINE_SHOWN,
-        total_seconds=sum(seconds for _, seconds in report.timings),
-        duration=_duration,
     )
 
 
@@ -177,15 +167,3 @@ def _histogram(values: np.ndarray, label: str, counted: str) -> Markup:
         label += f" ({without} {counted} without votes not shown)"
     span = f"from {positive.min():.4g} to {positive.max():.4g}, median {np.median(positive):.4g}"
     return plots.histogram(positive, label, counted, f"Histogram of {len(positive)} {counted}: {label}, {span}")
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them: 0.25 s, 12.3 s, 4 min 05 s, 2 h 03 min."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
