@@ -1,7 +1,9 @@
 """Training with Ray: labels as a Ray Data job, then Ray Train workers that each read their share of every batch."""
 
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,19 +97,48 @@ def fit(place: Place, told: Callable[[dict], None]) -> None:
             name="ray", storage_path=config.output, failure_config=FailureConfig(max_failures=train_config.max_failures)
         ),
     )
-    with ThreadPoolExecutor(1) as waiting:
-        result = waiting.submit(trainer.fit)
-        while True:
-            done = wait([result], timeout=1.0).done
-            for row in ray.get(board.take.remote()):
-                told(row)
-            if done:
-                break
+    ended: queue.Queue[BaseException | None] = queue.Queue(1)
+    # a daemon: who interrupts the driver is not kept waiting for the end of the training
+    threading.Thread(target=_fitted, args=(trainer, ended), daemon=True).start()
+    error = _awaited(ended, board, told, config.cluster.no_progress_timeout_s)
     files.remove(records)
-    try:
-        result.result()
-    except WorkerGroupError as error:
+    if isinstance(error, WorkerGroupError):
         raise _reason(error) from None
+    if error is not None:
+        raise error
+
+
+def _fitted(trainer: TorchTrainer, ended: queue.Queue) -> None:
+    try:
+        trainer.fit()
+        ended.put(None)
+    except BaseException as error:
+        ended.put(error)
+
+
+def _awaited(ended: queue.Queue, board, told: Callable[[dict], None], patience_s: float) -> BaseException | None:
+    """Pass on the rows of the board until the training has ended; returns what it ended with, None: well.
+
+    Raises `RuntimeError` if no row comes for `patience_s` seconds.
+    """
+    since = time.monotonic()
+    while True:
+        try:
+            error = ended.get(timeout=1.0)
+            over = True
+        except queue.Empty:
+            error, over = None, False
+        rows = ray.get(board.take.remote(), timeout=60)
+        for row in rows:
+            told(row)
+        if over:
+            return error
+        since = time.monotonic() if rows else since
+        if time.monotonic() - since > patience_s:
+            raise RuntimeError(
+                f"training has not moved for {patience_s:g} s (cluster.no_progress_timeout_s): are there too few CPUs "
+                "or GPUs for its workers, or is a disk full? The same command goes on from the last checkpoint"
+            )
 
 
 def _reason(error: WorkerGroupError) -> Exception:
