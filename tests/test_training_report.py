@@ -259,7 +259,7 @@ def noted(**changes):
             "validation_scenes": 1, "validation_images": 17}  # fmt: skip
     return {"backbone": {"name": "xfeat", "weights_sha256": "0f5187fd7bedd26c"}, "data": data, "metrics": scores,
             "train": {"descriptor_dim": 128, "supervision": "depth"}, "steps": 72,
-            "best_step": 48} | changes  # fmt: skip
+            "best_step": 48, "radius": 0.35} | changes  # fmt: skip
 
 
 def test_the_page_and_the_model_card_hold_the_same_table():

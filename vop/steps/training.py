@@ -279,16 +279,20 @@ def trained(config: Config, job: Run, place: Place) -> str:
     best = next((row for row in reversed(history) if row["step"] == progressed.best_step and row["precision"]), {})
     scores = {name: best[name] for name in SCORES if best.get(name) is not None}
     folder = job.path("encoder")
-    noted = _noted(config, place, scores) | {"steps": progressed.step, "best_step": progressed.best_step}
+    with job.step("radius"):
+        radius = place.radius(encoder)
+    noted = _noted(config, place, scores) | {
+        "steps": progressed.step, "best_step": progressed.best_step, "radius": radius
+    }  # fmt: skip
     files.write_bytes(files.join(folder, "README.md"), model_card(noted).encode())
     save_encoder(encoder, folder, noted)
-    job.metrics |= scores | {"best_step": progressed.best_step}
+    job.metrics |= scores | {"best_step": progressed.best_step} | ({} if radius is None else {"radius": radius})
     job.counts |= {"steps": progressed.step, "steps_now": progressed.step - done, "encoder": folder}
-    job.counts["use"] = _use(config, folder)
+    job.counts["use"] = _use(config, folder, radius)
     return folder
 
 
-def _use(config: Config, folder: str) -> str:
+def _use(config: Config, folder: str, radius: float | None) -> str:
     """The settings by which other commands describe images with a trained encoder."""
     embedding, usual = config.embedding, Config()
     told = {key: getattr(config, key) for key in ("weights", "block") if getattr(config, key) is not None}
@@ -296,6 +300,7 @@ def _use(config: Config, folder: str) -> str:
         if getattr(embedding, key) != getattr(usual.embedding, key):
             told[f"embedding.{key}"] = str(getattr(embedding, key)).lower()
     told = {"backbone": config.backbone, **told, "encoder": folder}
+    told |= {} if radius is None else {"retrieval.radius": f"{radius:g}"}
     return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in told.items())
 
 

@@ -23,7 +23,7 @@ from vop.training.learner import Learner, token_maker
 from vop.training.plan import Split, parts_of
 from vop.training.reading import PixelReader, TokenReader
 from vop.training.sampling import VALIDATION
-from vop.training.validation import SearchSet, validate
+from vop.training.validation import SearchSet, best_radius, validate
 
 START = "start.safetensors"  # mean (D,) and projection (D, E) that training starts from
 RADIUS = 0.2  # of the votes of a trained encoder, as everywhere
@@ -103,8 +103,17 @@ class Place:
         reader, size, labels = self.tokens(), self.config.train.batch_size, self.labels(VALIDATION)
         batches = [self.batch(reader(labels.slice(start, size))) for start in range(0, labels.num_rows, size)]
         sets = [SearchSet(names, *reader.read(names), overlap) for names, overlap in self.search]
-        weights, least = self.config.retrieval.weights, self.config.min_overlap
-        return partial(validate, pairs=batches, sets=sets, radius=RADIUS, weights=weights, min_overlap=least)
+        return partial(validate, pairs=batches, sets=sets, radius=RADIUS, **self._judged)
+
+    def radius(self, encoder: Encoder) -> float | None:
+        """The radius that suits an encoder best, by the images of the validation; None without any that overlap."""
+        reader = self.tokens()
+        sets = [SearchSet(names, *reader.read(names), overlap) for names, overlap in self.search]
+        return best_radius(encoder, sets, **self._judged)
+
+    @property
+    def _judged(self) -> dict:
+        return {"weights": self.config.retrieval.weights, "min_overlap": self.config.min_overlap}
 
 
 def new_encoder(config: Config, store: EmbeddingStore) -> Encoder:

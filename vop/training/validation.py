@@ -15,6 +15,7 @@ from vop.training.batches import Batch
 from vop.training.learner import Learner
 
 KS = (1, 5)
+RADII = tuple(number / 20 for number in range(2, 15))  # 0.1 to 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,11 @@ def validate(
         found = patch_precision(*(describe(learner.encoder, *side) for side in sides(batch)), batch.positive)
         right, asked = right + found[0], asked + found[1]
     scored = {"validation_loss": losses / max(count, 1), "precision": right / max(asked, 1)}
-    recalls = [found for each in sets if (found := searched(learner, each, radius, weights, min_overlap))]
+    recalls = [
+        found
+        for each in sets
+        if (found := searched(patches_of(learner.encoder, each, learner.device), each, radius, weights, min_overlap))
+    ]
     for k in KS if recalls else ():
         scored[f"recall@{k}"] = float(np.mean([found[f"recall@{k}"] for found in recalls]))
     return scored
@@ -86,18 +91,25 @@ def patch_precision(desc0: torch.Tensor, desc1: torch.Tensor, positive: torch.Te
     return int((has & (steps.amax(0) <= 1)).sum()), int(has.sum())
 
 
-def searched(learner: Learner, images: SearchSet, radius: float, weights: str, min_overlap: float) -> dict | None:
+def patches_of(encoder: Encoder, images: SearchSet, device: torch.device) -> list[np.ndarray]:
+    """Unit descriptors of the image patches of every image, (P_i, E) float32 each."""
+    found = []
+    for start in range(0, len(images.names), 16):
+        tokens, sizes = (torch.from_numpy(np.array(each[start : start + 16])) for each in (images.tokens, images.sizes))
+        desc = describe(encoder, tokens.to(device), sizes.to(device)).cpu().numpy()
+        size = 14 * int(desc.shape[1] ** 0.5)
+        found += [each[patch_mask(*map(int, box), size)] for each, box in zip(desc, sizes, strict=True)]
+    return found
+
+
+def searched(
+    patches: list[np.ndarray], images: SearchSet, radius: float, weights: str, min_overlap: float
+) -> dict[str, float] | None:
     """`vop.metrics.retrieval` of votes among all images of a set; None where no two of them overlap enough."""
     relevant = images.overlap >= min_overlap
     np.fill_diagonal(relevant, False)
     if not relevant.any():
         return None
-    patches = []
-    for start in range(0, len(images.names), 16):
-        tokens, sizes = (torch.from_numpy(np.array(each[start : start + 16])) for each in (images.tokens, images.sizes))
-        desc = describe(learner.encoder, tokens.to(learner.device), sizes.to(learner.device)).cpu().numpy()
-        size = 14 * int(desc.shape[1] ** 0.5)
-        patches += [each[patch_mask(*map(int, box), size)] for each, box in zip(desc, sizes, strict=True)]
     ranked = {}
     for query, name in enumerate(images.names):
         others = np.delete(np.arange(len(images.names)), query)
@@ -105,3 +117,17 @@ def searched(learner: Learner, images: SearchSet, radius: float, weights: str, m
         first = best(scores(found, weights), found.rows, max(KS))
         ranked[name] = [images.names[row] for row in found.rows[first]]
     return metrics.retrieval(ranked, images.names, images.overlap, min_overlap, ks=KS)
+
+
+@torch.inference_mode()
+def best_radius(encoder: Encoder, sets: Sequence[SearchSet], weights: str, min_overlap: float) -> float | None:
+    """The radius of `RADII` that finds most among the sets: the highest mean of precision@1 and @5, the smallest of
+    equal ones. None where no two images overlap enough.
+    """
+    means: dict[float, list[float]] = {}
+    for images in sets:
+        patches = patches_of(encoder.eval(), images, torch.device("cpu"))
+        for radius in RADII:
+            if found := searched(patches, images, radius, weights, min_overlap):
+                means.setdefault(radius, []).append(sum(found[f"precision@{k}"] for k in KS))
+    return max(means, key=lambda radius: (np.mean(means[radius]), -radius)) if means else None
