@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load, save
 from safetensors.torch import load_file
 
 from vop.models.encoder import Encoder
@@ -18,6 +19,7 @@ from vop.training.checkpoint import Progress
 from vop.training.learner import Learner, LossError, learning_rate
 from vop.training.loop import SCHEMA, Work, train
 from vop.training.loss import overlap_loss
+from vop.training.start import MatchedWhitening
 
 P, D, E = 16, 12, 8
 PER_EPOCH, SIZE = 5, 4
@@ -206,3 +208,32 @@ def test_batches_that_end_early_are_an_error(tmp_path):
     short = dataclasses.replace(work(tmp_path), steps=lambda epoch: PER_EPOCH + 1)
     with pytest.raises(RuntimeError, match="epoch 0 ended after 5 of 6 batches"):
         train(learner(), CONFIG, short)
+
+
+def test_the_start_is_the_discriminant_analysis_of_matches_and_survives_its_file():
+    batches = [batch(seed, 16) for seed in range(30)]
+    fitting = MatchedWhitening(D)
+    fitting.add(batches)
+    fitted = fitting.fit(5)
+    written = load(save(fitted.arrays()))
+    np.testing.assert_array_equal(written["projection"], fitted.projection)
+
+    pairs, patches = [], []
+    for each in batches:
+        pair, p, q = each.positive.nonzero(as_tuple=True)
+        pairs.append((each.inputs0[pair, p] - each.inputs1[pair, q]).numpy())
+        for side, axis in ((each.inputs0, 2), (each.inputs1, 1)):
+            patches.append(side[(each.positive | each.negative).any(axis)].numpy())
+    pairs, patches = np.concatenate(pairs), np.concatenate(patches)
+    within = pairs.T @ pairs / (2 * len(pairs))
+    within = 0.7 * within + 0.3 * np.trace(within) / D * np.eye(D)
+    # what the projection makes of them: differences of variance 1 in every direction, uncorrelated, and the directions
+    # in which all patches vary most beside them
+    made = fitted.projection.T @ within @ fitted.projection
+    np.testing.assert_allclose(made, np.eye(5), atol=1e-4)
+    spread = np.diag(fitted.projection.T @ np.cov(patches.T, bias=True) @ fitted.projection)
+    inverse = np.linalg.inv(np.linalg.cholesky(within))
+    expected = np.linalg.eigvalsh(inverse @ np.cov(patches.T, bias=True) @ inverse.T)[::-1][:5]
+    np.testing.assert_allclose(spread, expected, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"12 numbers to 13 cannot be fitted"):
+        fitting.fit(13)

@@ -51,7 +51,12 @@ class Encoder(nn.Module):
 
         Patches are those of a square letterbox, row by row; sizes are of the image inside it.
         """
-        return self.input_proj(tokens) + self.keypoint_encoder(normalized_centers(tokens.shape[1], scaled_sizes))
+        if self.training and not self.dropout:  # then images of one size have the same places, which need one pass
+            distinct, of_image = torch.unique(scaled_sizes, dim=0, return_inverse=True)
+            places = self.keypoint_encoder(normalized_centers(tokens.shape[1], distinct))[of_image]
+        else:
+            places = self.keypoint_encoder(normalized_centers(tokens.shape[1], scaled_sizes))
+        return self.input_proj(tokens) + places
 
 
 def normalized_centers(patches: int, scaled_sizes: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ class Whitening:
         return (tokens - mean) @ projection
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The two arrays by name; `Whitening(**arrays)` builds it again."""
-        return {"mean": self.mean, "projection": self.projection}
+        """The two arrays by name, each in C order; `Whitening(**arrays)` builds it again."""
+        # safetensors writes arrays of any other order scrambled, without a word
+        return {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
 
 
 def fit_whitening(tokens: np.ndarray, width: int) -> Whitening:

@@ -21,10 +21,14 @@ def overlap_loss(
         loss, positive_loss, negative_loss: scalars, the first the sum of the others.
     """
     desc0, desc1 = (nn.functional.normalize(desc.float(), dim=-1) for desc in (desc0, desc1))
-    similarity = desc0 @ desc1.mT
-    losses = {"positive_loss": _mean((1 - similarity) ** 2, positive), "negative_loss": _mean(similarity**2, negative)}
+    pair, patch0, patch1 = positive.nonzero(as_tuple=True)
+    # of the few positives only their own products; the matrix of all is gone through as rarely as can be
+    apart = (1 - (desc0[pair, patch0] * desc1[pair, patch1]).sum(-1)) ** 2
+    alike = (desc0 @ desc1.mT) * negative
+    sums = {
+        "positive_loss": apart.new_zeros(len(positive)).index_add(0, pair, apart),
+        "negative_loss": (alike * alike).sum((1, 2)),
+    }
+    counts = {"positive_loss": positive.sum((1, 2)), "negative_loss": negative.sum((1, 2))}
+    losses = {name: (total / counts[name].clamp(min=1)).mean() for name, total in sums.items()}
     return {"loss": losses["positive_loss"] + losses["negative_loss"]} | losses
-
-
-def _mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return ((values * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)).mean()
