@@ -66,7 +66,7 @@ def patch_labels(
     """
     counts, first = _counted(forth, size, patch_size)
     counts1, first1 = _counted(back, size, patch_size)
-    chosen = _chosen(counts, first, min_pixels) & _chosen(counts1.mT, first1.mT, min_pixels)
+    chosen = _chosen(counts, first, min_pixels) & _chosen(counts1.mT.contiguous(), first1.mT.contiguous(), min_pixels)
     shared = (counts > 0) | (counts1.mT > 0)
     known = (_patches_of(found, found.known, size, patch_size) for found in (forth, back))
     return PatchLabels(chosen, counts.int(), shared, counts.any(2), counts1.any(2), *known)
@@ -103,12 +103,12 @@ def depth_correspondence(
     z = points[..., 2]
     seen = points[..., :2] / z[..., None].clamp(min=NEAREST_Z) * _focal(K1) + K1[:, None, :2, 2].float()
     known = _is_depth(z0[..., 0])
-    there = torch.isfinite(seen).all(2) & known & (z > NEAREST_Z)
-    there &= ((seen >= 0) & (seen <= limits1[:, None])).all(2)
+    there = known & (z > NEAREST_Z) & ((seen >= 0) & (seen <= limits1[:, None])).all(2)
     if depth1 is not None:
-        cells = torch.where(there[..., None], seen, 0).long()
-        found = depth1.reshape(batch, -1).gather(1, cells[..., 1] * side + cells[..., 0])
-        there &= _is_depth(found) & ((z - found).abs() <= tolerance * found)
+        pair, place = there.nonzero(as_tuple=True)
+        column, row = seen[pair, place].long().unbind(1)
+        found = depth1[pair, row, column]
+        there[pair, place] = _is_depth(found) & ((z[pair, place] - found).abs() <= tolerance * found)
     return Correspondence(pixels.expand(batch, -1), seen, known, there)
 
 
@@ -122,28 +122,31 @@ def _focal(K: torch.Tensor) -> torch.Tensor:
 
 def _counted(found: Correspondence, size: int, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels of each source patch in each target patch, (B, P, P) int64, and the first of them (S * S: none)."""
-    columns, area = size // patch_size, size * size
+    columns = size // patch_size
     patches, batch = columns * columns, len(found.pixels)
-    source = _patch(found.pixels, size, patch_size)
-    target = torch.where(found.valid[..., None], found.points, 0).div(patch_size, rounding_mode="floor").long()
-    cell = source * patches + target[..., 1] * columns + target[..., 0]
-    cell = torch.where(found.valid, cell, patches * patches)  # pixels without a counterpart fall into a last bin
-    counts = torch.zeros(batch, patches * patches + 1, dtype=torch.int64, device=cell.device)
-    first = torch.full_like(counts, area)
-    counts.scatter_add_(1, cell, torch.ones_like(cell))
-    first.scatter_reduce_(1, cell, found.pixels.expand_as(cell), "amin")
-    return tuple(values[:, :-1].view(batch, patches, patches) for values in (counts, first))
+    pair, place = found.valid.nonzero(as_tuple=True)
+    pixels, points = found.pixels[pair, place], found.points[pair, place]
+    column, row = (points[:, axis].int() // patch_size for axis in (0, 1))  # a valid point is inside, so not negative
+    cell = (pair * patches + _patch(pixels, size, patch_size)) * patches + row * columns + column
+    counts = torch.bincount(cell, minlength=batch * patches * patches)
+    first = torch.full_like(counts, size * size).scatter_reduce_(0, cell, pixels, "amin")
+    return counts.view(batch, patches, patches), first.view(batch, patches, patches)
 
 
 def _patch(pixels: torch.Tensor, size: int, patch_size: int) -> torch.Tensor:
     """The patch that a pixel, y * S + x, lies in."""
-    return (pixels // size // patch_size) * (size // patch_size) + pixels % size // patch_size
+    pixels = pixels.int()  # divided twice as fast as 64 bits
+    row = pixels // size
+    return row // patch_size * (size // patch_size) + (pixels - row * size) // patch_size
 
 
 def _patches_of(found: Correspondence, chosen: torch.Tensor, size: int, patch_size: int) -> torch.Tensor:
     """Patches with any of the chosen source pixels, (B, P) bool."""
-    patches = torch.zeros(len(chosen), (size // patch_size) ** 2, dtype=torch.int32, device=chosen.device)
-    return patches.scatter_add_(1, _patch(found.pixels, size, patch_size), chosen.int()) > 0
+    pair, place = chosen.nonzero(as_tuple=True)
+    patches, batch = (size // patch_size) ** 2, len(chosen)
+    seen = torch.zeros(batch * patches, dtype=torch.bool, device=chosen.device)
+    seen[pair * patches + _patch(found.pixels[pair, place], size, patch_size)] = True
+    return seen.view(batch, patches)
 
 
 def _chosen(counts: torch.Tensor, first: torch.Tensor, min_pixels: int) -> torch.Tensor:
