@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
@@ -238,8 +239,6 @@ def facades(work: Path, name: str, settings: list[str], data: Path) -> Piece:
 
 def posed(describe: Describe, pool: Piece, radius: float, poses) -> dict[str, float]:
     """AUC@5, 10, 20 by `K/AUC` of the ranking, by the poses of all pairs; mean over the scenes, `fixed`, opencv."""
-    import pyarrow as pa
-
     rankings = ranked(patches_of(describe, pool), pool.overlap >= 0, radius, 5)
     rows = [(pool.names[query], pool.names[row], rank) for query, found in enumerate(rankings)
             for rank, row in enumerate(found)]  # fmt: skip
@@ -275,7 +274,7 @@ def judge(name: str, one: Trained, options, poses) -> dict:
     reader = TokenReader(str(options.work / name / "tokens"), str(options.work / "cache"))
     overlaps = next(one.first.glob("overlap-*.parquet"))
     training, held_out = (pieces(reader, overlaps, side) for side in (False, True))
-    labels = next(Parts.all_of(str(one.first), "labels").__iter__()).read_one(0).replace_schema_metadata(None)
+    labels = Parts.all_of(str(one.first), "labels")[0].read_one(0).replace_schema_metadata(None)
     pool = facades(options.work, name, one.settings, options.data) if poses is not None else None
     record = {}
     for label, several in variants(one, reader, training).items():

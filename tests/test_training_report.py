@@ -367,4 +367,5 @@ def test_the_summary_of_a_training_without_validation():
     shown = summary({"best_step": 72}, validation_pairs=0, pairs_without_labels={}, images_without_overlap={})
     assert "  labels       of 2243 pairs: 797 in an epoch\n  steps " in shown
     assert "  validation   none: what the last step left is kept (train.validation=FILE)" in shown
-    assert "left out" not in shown
+    assert "left out" not in shown and "TensorBoard" not in shown
+    assert "not in TensorBoard: no extra `train`" in summary({"best_step": 72}, tensorboard=False)

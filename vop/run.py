@@ -195,6 +195,8 @@ class Run:
             found = [f"{name} {scores[name]:.1%}" for name in ("precision", "recall@1", "recall@5") if name in scores]
             if "validation_loss" in scores:
                 found.append(f"loss {scores['validation_loss']:.4f}")
+            if counts.get("tensorboard") is False:
+                lines.append("               not in TensorBoard: no extra `train`, or the output is in a bucket")
             told = ", ".join(found) or "none: what the last step left is kept (train.validation=FILE)"
             lines.append(f"  validation   {told}")
             lines.append(f"  encoder      {counts['encoder']}: beside model.safetensors a README.md, its model card")

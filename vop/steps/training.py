@@ -271,6 +271,7 @@ def trained(config: Config, job: Run, place: Place) -> str:
                 if events:
                     events(row)
 
+            job.counts["tensorboard"] = events is not None
             fit(place, told)
     progressed, _ = checkpoint.latest(files.join(config.output, "checkpoints"))
     encoder = new_encoder(config, place.store)

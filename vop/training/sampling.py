@@ -41,9 +41,7 @@ def epoch_pairs(
             same, hence are no pair. None: a scene is one.
     """
     index = {name: row for row, name in enumerate(truth.names)}
-    positives, negatives = config.positives_per_scene, config.negatives_per_scene
-    if epoch == VALIDATION:
-        positives, negatives = config.validation_pairs, config.validation_pairs if negatives else 0
+    positives, negatives = _wanted(config, epoch)
     everything = sorted({name for names in scenes.values() for name in names})
     drawn = []
     for scene, names in sorted(scenes.items()):
@@ -73,9 +71,7 @@ def view_pairs(scenes: Mapping[str, Sequence[str]], config: TrainConfig, epoch: 
     Positives are two views of an image that overlap by `min_overlap` or more; negatives are images of different scenes,
     of which nothing is known but that; where there is one scene there are none.
     """
-    positives, negatives = config.positives_per_scene, config.negatives_per_scene
-    if epoch == VALIDATION:
-        positives, negatives = config.validation_pairs, config.validation_pairs if negatives else 0
+    positives, negatives = _wanted(config, epoch)
     everything = sorted({name for names in scenes.values() for name in names})
     drawn = []
     for scene, names in sorted(scenes.items()):
@@ -92,6 +88,13 @@ def view_pairs(scenes: Mapping[str, Sequence[str]], config: TrainConfig, epoch: 
                 drawn.append((*ends, overlap))
         drawn += _elsewhere(names, everything, negatives, rng)
     return _ordered(drawn, dataclasses.replace(config, flip=False), epoch)
+
+
+def _wanted(config: TrainConfig, epoch: int) -> tuple[int, int]:
+    """Pairs with and without overlap that an epoch takes of each scene."""
+    if epoch == VALIDATION:
+        return config.validation_pairs, config.validation_pairs if config.negatives_per_scene else 0
+    return config.positives_per_scene, config.negatives_per_scene
 
 
 def view_overlap(view0: str, view1: str) -> float:
