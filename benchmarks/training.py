@@ -1,13 +1,12 @@
 """What training the encoder is worth on places that it has not seen: against raw tokens and two projections.
 
     python benchmarks/training.py --data DIR --work DIR [--backbones xfeat vits14 vits14-block8] [--weights FILE]
-                                  [--widths 64 128 256] [--seeds 0 1 2] [--epochs 10] [--poses DIR]
+                                  [--widths 128] [--seeds 0 1 2] [--epochs 8] [--poses]
 
 DIR of the data holds `rgbd_kitchen/` and `rgbd_office/` (`vop.datasets.posed`). The kitchen's poses are sound over 160
 frame numbers, so it is cut into six pieces, each a world of its own; the office into two halves. Training sees the
 first three pieces and the first half, judged is on the rest: other stretches of the same two walks, with the same
-cameras, in part looking at the same furniture. With `--poses DIR`, the folder of `relative_pose.py`, the façades of
-Strecha, which no training saw, are ranked too, and the lists judged by the poses that lie there.
+cameras, in part looking at the same furniture. `--widths 0` stands for the backbone's own width.
 
 Compared, for every backbone, at the same width E and the same bytes a patch:
 
@@ -17,10 +16,18 @@ Compared, for every backbone, at the same width E and the same bytes a patch:
     encoder             `vop train` from there, one for each seed; mean and deviation over the seeds
 
 Scores: *patches*, of the patches with a match in the other image (labels from depth, held-out pairs) the share whose
-most similar patch there is that match or one of the eight beside it. *recall@k* of overlap voting with idf, all other
-images of the piece being candidates, for true overlaps of at least 10, 30 and 50%, with the five frames before and
-after the query left out (beside them every list is right), mean over the held-out pieces. The radius of each is the one
-that is best on the training pieces, among `RADII`.
+most similar patch there is that match or one of the eight beside it. *recall@k* of overlap voting with idf among NARROW
+views: every frame is cut into four, as if taken with twice the focal length (whole frames are found by anything: recall
+of 0.9 and more for every line of the table, a query of the office being worth 0.02). Of a held-out piece every narrow
+view is searched among all of the piece but those of the same frame and of the five before and after it, for true
+overlaps of at least 10, 30 and 50%; the mean over all queries that have any such. The radius of each is the one that is
+best on every fourth narrow view of the training pieces, among `RADII`, by the mean of all these recalls; that of the
+first seed serves all encoders.
+
+With `--poses` the lists of the held-out half of the office (whole frames, likewise without the neighbours) and of the
+façades of Strecha, `strecha/` in the data, which no training saw, are judged by relative pose: AUC of the first, and of
+the best of five by inliers (k), `vop relative-pose` being run once over all pairs of either. The kitchen is left out:
+between its neighbouring frames the camera moves too little.
 
 Trainings stay in `--work`; a run that is repeated continues. The last line is one JSON object.
 """
@@ -32,9 +39,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,30 +51,40 @@ from safetensors.torch import load_file
 
 from vop import config as configuration
 from vop import files, metrics
-from vop.datasets.posed import CAMERAS, depth_name, read_overlap
+from vop.datasets.posed import (
+    CAMERAS,
+    OVERLAP,
+    OverlapTruth,
+    PosedFolder,
+    depth_name,
+    encode_depth,
+    read_overlap,
+    write_cameras,
+    write_overlap,
+)
 from vop.image import patch_mask
 from vop.models.encoder import load_encoder
 from vop.models.whitening import Whitening, fit_whitening
 from vop.parts import Parts
 from vop.pose.protocols import evaluate
-from vop.pose.results import MEAN, rows_of
+from vop.pose.results import AUC_THRESHOLDS, MEAN, rows_of
 from vop.retrieval.voting import best, scores, votes
 from vop.store import EmbeddingStore
 from vop.training.batches import batch_of
 from vop.training.reading import TokenReader
 from vop.training.validation import patch_precision
 
-BACKBONES = {
-    "xfeat": ["backbone=xfeat"],
-    "vits14": ["backbone=dinov2_vits14"],
-    "vits14-block8": ["backbone=dinov2_vits14", "block=8"],
+BACKBONES = {  # settings, and D
+    "xfeat": (["backbone=xfeat"], 256),
+    "vits14": (["backbone=dinov2_vits14"], 384),
+    "vits14-block8": (["backbone=dinov2_vits14", "block=8"], 384),
 }
 PIECES, SPAN = 6, 166  # of the kitchen, and frame numbers of each
 HELD_OUT = ("kitchen/3", "kitchen/4", "kitchen/5", "office/1")
 GAP = 5
-KS, OVERLAPS = (1, 5, 10), (0.1, 0.3, 0.5)
-RADII = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
-RECIPE = ["train.start=matches", "train.learning_rate=0.001"]
+KS, OVERLAPS, POSED = (1, 5, 10), (0.1, 0.3, 0.5), (1, 5)
+RADII, EVERY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), 4
+RECIPE = ["train.start=matches", "train.learning_rate=0.001", "train.dropout=0"]
 NUMBER = re.compile(r"\d+")
 Describe = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens (n, P, D), sizes (n, 2) -> (n, P, E)
 
@@ -115,83 +133,120 @@ class Trained:
 
 
 def trained(root: Path, work: Path, name: str, settings: list[str], width: int, options) -> Trained:
-    """Train with each seed; all share the tokens."""
+    """Train with each seed; all widths share the tokens, and all trainings with one seed the labels."""
     folders = {}
     for seed in options.seeds:
         folders[seed] = work / name / f"width-{width}" / f"seed-{seed}"
         run("train", [
             f"images={root}", f"cameras={root}", f"train.validation={work / 'held-out.txt'}", *settings, *RECIPE,
             f"train.descriptor_dim={width}", f"train.epochs={options.epochs}", f"train.seed={seed}",
-            f"tokens={work / name / 'tokens'}", f"train.cache={work / 'cache'}", f"output={folders[seed]}",
+            f"tokens={work / name / 'tokens'}", f"train.cache={work / 'cache'}",
+            f"pair_labels={work / 'labels' / f'seed-{seed}'}", f"output={folders[seed]}",
         ])  # fmt: skip
     return Trained(settings, width, folders)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """Images of one world: names, tokens (n, P, D), scaled sizes (n, 2), true overlaps (n, n), -1 where not judged."""
+class Pool:
+    """Images that are searched: names, tokens (n, P, D), scaled sizes (n, 2), which may be paired (n, n) bool."""
 
     names: list[str]
     tokens: torch.Tensor
     sizes: torch.Tensor
-    overlap: np.ndarray
+    allowed: np.ndarray
+
+    @classmethod
+    def read(cls, reader: TokenReader, names: list[str], allowed: np.ndarray) -> "Pool":
+        tokens, sizes = reader.read(names)
+        return cls(names, torch.from_numpy(tokens).float(), torch.from_numpy(sizes), allowed)
 
 
-def pieces(reader: TokenReader, overlap_file: Path, held_out: bool) -> list[Piece]:
-    """The training pieces or the held-out ones, in the order of their names."""
-    names, matrix = read_overlap(str(overlap_file))
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name.rpartition("/")[0], []).append(name)
-    index, chosen = {name: row for row, name in enumerate(names)}, []
-    for folder, members in sorted(found.items()):
-        if (folder in HELD_OUT) == held_out:
-            members = sorted(members)
-            tokens, sizes = reader.read(members)
-            rows = [index[name] for name in members]
-            overlap = matrix[np.ix_(rows, rows)].copy()
-            order = np.arange(len(members))
-            overlap[np.abs(order[:, None] - order) <= GAP] = -1
-            chosen.append(Piece(members, torch.from_numpy(tokens).float(), torch.from_numpy(sizes), overlap))
-    return chosen
+def apart(frames: np.ndarray) -> np.ndarray:
+    """Which may be paired, (n, n) bool, of images of frames (n,): those that are not neighbours in the walk."""
+    return np.abs(frames[:, None] - frames) > GAP
+
+
+def narrow(root: Path, work: Path) -> Path:
+    """Every frame of every piece cut into four, as taken with twice the focal length: with depth, cameras, overlaps."""
+    cut = work / "narrow"
+    for folder in sorted(path.parent for path in root.glob(f"*/*/{CAMERAS}")):
+        target = cut / folder.relative_to(root)
+        if (target / OVERLAP).exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        posed, cameras = PosedFolder.open(folder), {}
+        for name in sorted(posed.names):
+            camera, rgb, depth = posed.camera(name), posed.image(name), posed.depth(name)
+            width, height = camera.width // 2, camera.height // 2
+            for number in range(4):
+                x, y = number % 2 * width, number // 2 * height
+                part, window = f"{Path(name).stem}-{number}.png", np.s_[y : y + height, x : x + width]
+                cv2.imwrite(str(target / part), cv2.cvtColor(rgb[window], cv2.COLOR_RGB2BGR))
+                (target / depth_name(part)).write_bytes(encode_depth(depth[window]))
+                K = camera.K - np.array([[0, 0, x], [0, 0, y], [0, 0, 0]])
+                cameras[part] = replace(camera, K=K, width=width, height=height)
+        write_cameras(target, cameras)
+        truth = PosedFolder.open(target)
+        write_overlap(target / OVERLAP, OverlapTruth(truth.names, truth.overlap_matrix()))
+    return cut
+
+
+def tokens_of(images: Path, label: str, name: str, settings: list[str], work: Path) -> TokenReader:
+    """The tokens of a folder of images."""
+    store = work / name / label
+    run("embed", [f"images={images}", *settings, "embedding.whiten=null", "embedding.tokens=true", f"store={store}",
+                  f"output={work / name / label}-run"])  # fmt: skip
+    return TokenReader(str(store), str(work / "cache"))
+
+
+def narrow_pools(cut: Path, reader: TokenReader, held_out: bool) -> list[tuple[Pool, np.ndarray]]:
+    """The narrow views of the training pieces or of the held-out ones, and their overlaps (n, n)."""
+    found = []
+    for file in sorted(cut.glob(f"*/*/{OVERLAP}")):
+        piece = file.parent.relative_to(cut).as_posix()
+        if (piece in HELD_OUT) == held_out:
+            names, overlap = read_overlap(file)
+            pool = Pool.read(reader, [f"{piece}/{name}" for name in names], apart(np.arange(len(names)) // 4))
+            found.append((pool, overlap))
+    return found
 
 
 @torch.inference_mode()
-def patches_of(describe: Describe, piece: Piece) -> list[np.ndarray]:
+def patches_of(describe: Describe, pool: Pool) -> list[np.ndarray]:
     """Unit descriptors of the image patches of every image."""
-    desc = torch.nn.functional.normalize(describe(piece.tokens, piece.sizes), dim=-1).numpy()
+    desc = torch.nn.functional.normalize(describe(pool.tokens, pool.sizes), dim=-1).numpy()
     size = 14 * int(desc.shape[1] ** 0.5)
-    return [each[patch_mask(*map(int, box), size)] for each, box in zip(desc, piece.sizes, strict=True)]
+    return [each[patch_mask(*map(int, box), size)] for each, box in zip(desc, pool.sizes, strict=True)]
 
 
-def ranked(patches: list[np.ndarray], allowed: np.ndarray, radius: float, most: int) -> list[np.ndarray]:
-    """Of every image the allowed others (n, n), best first."""
-    rankings = []
-    for query, rows in enumerate(map(np.flatnonzero, allowed)):
+def ranked(describe: Describe, pool: Pool, radius: float, most: int, every: int = 1) -> dict[str, list[str]]:
+    """Of each image, or every so many, the names of those it may be paired with, best first."""
+    patches, rankings = patches_of(describe, pool), {}
+    for query in range(0, len(patches), every):
+        rows = np.flatnonzero(pool.allowed[query])
         found = votes(patches[query], [patches[row] for row in rows], radius, rows)
-        rankings.append(found.rows[best(scores(found, "idf"), found.rows, most)])
+        order = found.rows[best(scores(found, "idf"), found.rows, most)]
+        rankings[pool.names[query]] = [pool.names[row] for row in order]
     return rankings
 
 
-def recalls(describe: Describe, judged: list[Piece], radius: float) -> dict[str, float]:
-    """recall@k by `OVERLAP/K`, mean over the pieces that have any such pair."""
-    found: dict[str, list[float]] = {}
-    for piece in judged:
-        patches, names = patches_of(describe, piece), np.array(piece.names)
-        rankings = ranked(patches, piece.overlap >= 0, radius, max(KS))
+def recalls(describe: Describe, pools: list[tuple[Pool, np.ndarray]], radius: float, every: int = 1) -> dict:
+    """recall@k by `OVERLAP/K`, of all queries that have such an image to be found."""
+    found = {f"{least:g}/{k}": [0.0, 0] for least in OVERLAPS for k in KS}
+    for pool, overlap in pools:
+        rankings, truth = ranked(describe, pool, radius, max(KS), every), np.where(pool.allowed, overlap, 0)
         for least in OVERLAPS:
-            if (piece.overlap >= least).any():
-                lists = {names[query]: list(names[rows]) for query, rows in enumerate(rankings)}
-                truth = np.where(piece.overlap < 0, 0, piece.overlap)
-                scored = metrics.retrieval(lists, piece.names, truth, least, ks=KS)
+            if (truth[::every] >= least).any():
+                scored = metrics.retrieval(rankings, pool.names, truth, least, ks=KS)
                 for k in KS:
-                    found.setdefault(f"{least:g}/{k}", []).append(scored[f"recall@{k}"])
-    return {key: statistics.mean(values) for key, values in found.items()}
+                    found[f"{least:g}/{k}"][0] += scored[f"recall@{k}"] * scored["queries"]
+                    found[f"{least:g}/{k}"][1] += scored["queries"]
+    return {key: right / queries for key, (right, queries) in found.items()}
 
 
-def tuned(describe: Describe, training: list[Piece]) -> float:
-    """The radius with the highest mean of the recalls on the training pieces; the smallest of equal ones."""
-    means = {radius: statistics.mean(recalls(describe, training, radius).values()) for radius in RADII}
+def tuned(describe: Describe, training: list[tuple[Pool, np.ndarray]]) -> float:
+    """The radius with the highest mean of the recalls; the smallest of equal ones."""
+    means = {radius: statistics.mean(recalls(describe, training, radius, EVERY).values()) for radius in RADII}
     return max(means, key=lambda radius: (means[radius], -radius))
 
 
@@ -208,16 +263,18 @@ def precision(describe: Describe, reader: TokenReader, labels) -> float:
     return right / asked
 
 
-def variants(one: Trained, reader: TokenReader, training: list[Piece]) -> dict[str, list[Describe]]:
+def variants(one: Trained, frames: TokenReader) -> dict[str, list[Describe]]:
     """What is compared at one width: several functions where there are several seeds."""
+    truth = next(one.first.glob("overlap-*.parquet"))
+    names = [name for name in read_overlap(truth)[0] if name.rpartition("/")[0] not in HELD_OUT]
+    tokens, sizes = frames.read(names)
     sample = np.concatenate([
-        piece.tokens.numpy()[row][patch_mask(*map(int, piece.sizes[row]), 224)]
-        for piece in training for row in range(len(piece.names))
-    ])  # fmt: skip
+        image[patch_mask(*map(int, box), 224)] for image, box in zip(tokens, sizes, strict=True)
+    ]).astype(np.float32)  # fmt: skip
     depth = sample.shape[1]
     arrays = {name: tensor.numpy() for name, tensor in load_file(one.first / "start.safetensors").items()}
     encoders = [load_encoder(str(folder / "encoder")) for folder in one.folders.values()]
-    pca = fit_whitening(sample, min(one.width, depth))
+    pca = fit_whitening(sample, one.width)
     return {
         **({"raw tokens": [lambda tokens, sizes: tokens]} if one.width == depth else {}),
         "PCA whitening": [lambda tokens, sizes: pca.apply(tokens)],
@@ -226,33 +283,32 @@ def variants(one: Trained, reader: TokenReader, training: list[Piece]) -> dict[s
     }
 
 
-def facades(work: Path, name: str, settings: list[str], data: Path) -> Piece:
-    """The 66 photographs of Strecha as one pool, with their tokens; any two may be paired."""
-    store = work / name / "strecha"
-    run("embed", [f"images={data / 'strecha'}", *settings, "embedding.whiten=null", "embedding.tokens=true",
-                  f"store={store}", f"output={work / name / 'strecha-run'}"])  # fmt: skip
-    names = EmbeddingStore.open(str(store)).select().names
-    tokens, sizes = TokenReader(str(store), str(work / "cache")).read(names)
-    allowed = 1.0 - 2.0 * np.eye(len(names))
-    return Piece(names, torch.from_numpy(tokens).float(), torch.from_numpy(sizes), allowed)
+def all_poses(label: str, images: Path, names: list[str], allowed: np.ndarray, work: Path) -> pa.Table:
+    """The poses of all pairs of a pool that are allowed."""
+    listed = work / f"pairs-{label}.txt"
+    rows = zip(*np.nonzero(np.triu(allowed, 1)), strict=True)
+    files.write_bytes(listed, "".join(f"{names[row]} {names[column]}\n" for row, column in rows).encode())
+    output = work / f"poses-{label}"
+    run("relative-pose", [f"images={images}", f"cameras={images}", f"pair_list={listed}", f"output={output}",
+                          "pose.estimators=[opencv]", "report.queries=0"])  # fmt: skip
+    return pq.read_table(output / "poses.parquet")
 
 
-def posed(describe: Describe, pool: Piece, radius: float, poses) -> dict[str, float]:
+def posed(describe: Describe, pool: Pool, radius: float, poses: pa.Table) -> dict[str, float]:
     """AUC@5, 10, 20 by `K/AUC` of the ranking, by the poses of all pairs; mean over the scenes, `fixed`, opencv."""
-    rankings = ranked(patches_of(describe, pool), pool.overlap >= 0, radius, 5)
-    rows = [(pool.names[query], pool.names[row], rank) for query, found in enumerate(rankings)
-            for rank, row in enumerate(found)]  # fmt: skip
+    rows = [(query, database, rank) for query, found in ranked(describe, pool, radius, max(POSED)).items()
+            for rank, database in enumerate(found)]  # fmt: skip
     query, database, rank = zip(*rows, strict=True)
     listed = pa.table({"query": query, "database": database, "rank": pa.array(rank, pa.int32())})
     queries = pa.table({"query": pool.names, "scene": [name.split("/")[0] for name in pool.names],
                         "known": [True] * len(pool.names)})  # fmt: skip
-    config = configuration.load(overrides=["pose.estimators=[opencv]", "pose.ks=[1,5]"]).pose
+    config = configuration.load(overrides=["pose.estimators=[opencv]", f"pose.ks={[*POSED]}"]).pose
     results = rows_of(evaluate(listed, poses, config, queries).results, MEAN)
     return {
         f"{row['k']}/{at}": row[f"auc@{at}"]
         for row in results
-        if row["unit"] == "query" and row["protocol"] == "fixed" and row["k"] in (1, 5)
-        for at in (5, 10, 20)
+        if row["unit"] == "query" and row["protocol"] == "fixed" and row["k"] in POSED
+        for at in AUC_THRESHOLDS
     }
 
 
@@ -269,34 +325,39 @@ def told(score: list[float]) -> str:
     return f"{score[0]:.3f}" + (f" ± {score[1]:.3f}" if len(score) > 1 else "")
 
 
-def judge(name: str, one: Trained, options, poses) -> dict:
-    """The table of one backbone at one width."""
-    reader = TokenReader(str(options.work / name / "tokens"), str(options.work / "cache"))
-    overlaps = next(one.first.glob("overlap-*.parquet"))
-    training, held_out = (pieces(reader, overlaps, side) for side in (False, True))
-    labels = Parts.all_of(str(one.first), "labels")[0].read_one(0).replace_schema_metadata(None)
-    pool = facades(options.work, name, one.settings, options.data) if poses is not None else None
-    record = {}
-    for label, several in variants(one, reader, training).items():
-        found = []
-        for describe in several:
-            radius = tuned(describe, training)
-            scored = {"radius": radius, "patches": precision(describe, reader, labels)}
-            scored |= recalls(describe, held_out, radius)
-            if pool is not None:
-                scored |= {f"pose/{key}": value for key, value in posed(describe, pool, radius, poses).items()}
-            found.append(scored)
-            print(f"{name}, E {one.width}, {label}: {scored}", file=sys.stderr)
-        record[label] = averaged(found)
-    columns = ["patches", *(f"{least:g}/{k}" for least in OVERLAPS for k in KS)]
-    columns += [f"pose/{k}/{at}" for k in (1, 5) for at in (5, 10, 20)] if pool is not None else []
-    print(f"\n**{name}, E = {one.width} ({2 * one.width} bytes a patch in float16)**\n")
-    print(f"| | radius | {' | '.join(columns)} |")
-    print(f"| {' | '.join(['---'] * (len(columns) + 2))} |")
-    for label, scored in record.items():
-        cells = [f"{scored['radius'][0]:.2f}", *(told(scored[column]) for column in columns)]
-        print(f"| {label} | {' | '.join(cells)} |", flush=True)
-    return record
+@dataclass(frozen=True)
+class Judge:
+    """What all variants of one backbone are judged on."""
+
+    frames: TokenReader
+    training: list[tuple[Pool, np.ndarray]]
+    held_out: list[tuple[Pool, np.ndarray]]
+    labels: pa.Table
+    posed: dict[str, tuple[Pool, pa.Table]]
+
+    def scores(self, describe: Describe, radius: float) -> dict[str, float]:
+        """All scores of a variant."""
+        scored = {"radius": radius, "patches": precision(describe, self.frames, self.labels)}
+        scored |= recalls(describe, self.held_out, radius)
+        for label, (pool, poses) in self.posed.items():
+            scored |= {f"{label} {key}": value for key, value in posed(describe, pool, radius, poses).items()}
+        return scored
+
+    def table(self, title: str, compared: dict[str, list[Describe]]) -> dict:
+        """Judge and print."""
+        record = {}
+        for label, several in compared.items():
+            radius = tuned(several[0], self.training)
+            found = [self.scores(describe, radius) for describe in several]
+            record[label] = averaged(found)
+            print(f"{title}, {label}: {record[label]}", file=sys.stderr)
+        columns = [key for key in next(iter(record.values())) if key != "radius"]
+        print(f"\n**{title}**\n\n| | radius | {' | '.join(columns)} |")
+        print(f"| {' | '.join(['---'] * (len(columns) + 2))} |")
+        for label, scored in record.items():
+            cells = [f"{scored['radius'][0]:.2f}", *(told(scored[column]) for column in columns)]
+            print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        return record
 
 
 def main() -> None:
@@ -306,23 +367,47 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for everything computed; kept")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["xfeat"])
     parser.add_argument("--weights", help="file of the ViT-S weights")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128], help="0: the backbone's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--poses", type=Path, help="folder --work of relative_pose.py, for the poses of Strecha")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--poses", action="store_true", help="judge the lists by relative pose too")
     options = parser.parse_args()
-    options.work = options.work.resolve()
-    root = scenes(options.data.resolve(), options.work)
-    poses = None
-    if options.poses is not None:
-        poses = pq.read_table(options.poses / "full" / "strecha" / "xfeat-lighterglue" / "poses.parquet")
-    record = {}
+    work, data = options.work.resolve(), options.data.resolve()
+    root = scenes(data, work)
+    cut, record = narrow(root, work), {}
     for name in options.backbones:
-        settings = BACKBONES[name] + ([f"weights={options.weights}"] if name != "xfeat" and options.weights else [])
-        for width in options.widths:
-            one = trained(root, options.work, name, settings, width, options)
-            record[f"{name}/{width}"] = judge(name, one, options, poses)
+        backbone, depth = BACKBONES[name]
+        settings = backbone + ([f"weights={options.weights}"] if name != "xfeat" and options.weights else [])
+        trainings = [trained(root, work, name, settings, width or depth, options) for width in options.widths]
+        reader = tokens_of(cut, "narrow", name, settings, work)
+        frames = TokenReader(str(work / name / "tokens"), str(work / "cache"))
+        (labels,) = Parts.all_of(str(work / "labels" / "seed-0"), "labels")
+        judge = Judge(
+            frames,
+            narrow_pools(cut, reader, held_out=False),
+            narrow_pools(cut, reader, held_out=True),
+            labels.read_one(0).replace_schema_metadata(None),
+            pools_with_poses(root, data, frames, name, settings, work) if options.poses else {},
+        )
+        for one in trainings:
+            title = f"{name}, E = {one.width} ({2 * one.width} bytes a patch in float16)"
+            record[f"{name}/{one.width}"] = judge.table(title, variants(one, frames))
     print(json.dumps({"epochs": options.epochs, "seeds": options.seeds, **record}))
+
+
+def pools_with_poses(root: Path, data: Path, frames: TokenReader, name: str, settings: list[str], work: Path) -> dict:
+    """The pools whose lists are judged by relative pose, and the poses of all their pairs."""
+    office = sorted(f"office/1/{image}" for image in json.loads((root / "office/1" / CAMERAS).read_text()))
+    allowed = {"office": apart(np.arange(len(office)))}
+    facades = tokens_of(data / "strecha", "strecha", name, settings, work)
+    photographs = EmbeddingStore.open(facades.path).select().names
+    allowed["facades"] = ~np.eye(len(photographs), dtype=bool)
+    return {
+        label: (Pool.read(reader, names, allowed[label]), all_poses(label, images, names, allowed[label], work))
+        for label, reader, names, images in (
+            ("office", frames, office, root), ("facades", facades, photographs, data / "strecha")
+        )
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -445,6 +445,8 @@ class Config:
     """Store of matches; null: `matches` inside the output."""
     tokens: str | None = None
     """Store of the backbone's tokens that training reads; null: `tokens` inside the output."""
+    pair_labels: str | None = None
+    """Folder of the labels that training makes of its pairs, for several trainings to share; null: the output."""
     h5: str | None = None
     """File that export-h5 writes and import-h5 reads, in the layout of the original's overlap_feats.h5."""
     backbone: str = "xfeat"

@@ -42,6 +42,10 @@ ANY_TIME = (  # what may change between two runs of one training
     *("epochs", "checkpoint_steps", "workers", "gpus_per_worker", "max_failures", "cache", "accumulate"),
     *("max_bad_fraction", "data_licence"),
 )
+OF_LABELS = (  # what of `train` decides the pairs and their labels
+    *("supervision", "labels", "positives_per_scene", "negatives_per_scene", "min_overlap", "max_overlap"),
+    *("overlap_bins", "validation_pairs", "flip", "warps", "occlusion", "min_pixels", "negatives", "seed"),
+)
 
 
 def check(config: Config) -> None:
@@ -143,9 +147,7 @@ def labelled(
     train, per_epoch = config.train, plan.parts_per_epoch(chosen, config.train)
     worlds = None if benchmark.cameras is None else {camera.name: camera.world for camera in benchmark.cameras}
     epochs = range(VALIDATION, train.epochs)
-    identity = _identity(config)
-    inputs = {name: files.sha256(path) for name, path in places.items()}
-    parts = Parts(config.output, fingerprint(identity, inputs, chosen.training, chosen.validation, plan.PART), "labels")
+    parts = _label_parts(config, places, chosen)
     with job.step("plan"):
         last = plan.parts_of(epochs[-1], per_epoch).stop
         missing = set(parts.missing(last))
@@ -170,12 +172,13 @@ def labelled(
         counts.append(sum(rows for rows, _ in schemas))
         for _, schema in schemas:
             reasons.update(reasons_of(schema))
-    parts.remove(but_these=True)
+    if config.pair_labels is None:
+        parts.remove(but_these=True)
     _check_labels(config, counts, reasons)
     search = _search(chosen, truth, train.validation_images)
     if train.best.startswith("recall") and chosen.validation and not search:
         raise ConfigError(f"train.best={train.best} needs images whose overlaps are known: use precision or loss")
-    files.write_json(job.path(IDENTITY), identity)  # not before: what was refused so far leaves nothing behind
+    files.write_json(job.path(IDENTITY), _identity(config))  # not before: what was refused so far leaves nothing behind
     job.counts |= {"pairs_labelled": sum(counts), "pairs_without_labels": dict(reasons.most_common()),
                    "pairs_of_an_epoch": counts[1], "validation_pairs": counts[0]}  # fmt: skip
     paths = {} if train.cached else {image.name: image.path for image in benchmark.sets.images}
@@ -189,6 +192,19 @@ def labelled(
         chosen,
         search,
         paths,
+    )
+
+
+def _label_parts(config: Config, places: dict[str, str], chosen: Split) -> Parts:
+    """Where the labels lie: under a name made of all that decides them, so that trainings may share a folder."""
+    settings = {key: getattr(config.train, key) for key in OF_LABELS}
+    sources = {key: getattr(config, key) for key in ("images", "cameras", "truth", "dataset")}
+    inputs = {name: files.sha256(path) for name, path in places.items()}
+    size = config.embedding.image_size
+    return Parts(
+        config.pair_labels or config.output,
+        fingerprint(settings, sources, inputs, size, chosen.training, chosen.validation, plan.PART),
+        "labels",
     )
 
 
