@@ -59,6 +59,21 @@ def test_index_of_the_last_linear_follows_dropout(dropout, last, tmp_path):
     assert loaded(tokens, sizes).shape == (2, 256, 8)
 
 
+def test_what_is_dropped_out_averages_to_nothing_and_is_the_same_for_images_of_one_size():
+    encoder = random_encoder(0.5)
+    tokens, sizes = torch.zeros(3, 256, 24), torch.tensor([[224, 149], [100, 224], [224, 149]])
+    expected, total = encoder(tokens, sizes), torch.zeros(3, 256, 8)
+    encoder.train()
+    with torch.no_grad():
+        for _ in range(200):
+            found = encoder(tokens, sizes)
+            assert torch.equal(found[0], found[2])
+            total += found
+    once = (found - expected).abs().mean()
+    assert once > 0.05  # something was dropped
+    assert (total / 200 - expected).abs().mean() < 0.2 * once  # the mean of 200 is 14 times smaller
+
+
 def test_own_format_round_trip(tmp_path):
     encoder = random_encoder()
     save_encoder(encoder, str(tmp_path / "one"), {"backbone": {"name": "toy"}})

@@ -1,0 +1,18 @@
+"""The error of a config that no job can run with, and the checks that raise it."""
+
+
+class ConfigError(ValueError):
+    """A key or value that no job can run with; the message says what to write instead."""
+
+
+def require(name: str, value: object, holds: bool, bound: str) -> None:
+    """Raise `ConfigError`, naming the key, its value and the bound, unless it holds."""
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}, but must be {bound}")
+
+
+def positive(section: str, config: object, *names: str) -> None:
+    """Require that fields of a section are null or above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value, value is None or value > 0, "greater than 0")
