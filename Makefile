@@ -15,8 +15,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(VENV)/bin/vop demo output=demo
 
+# (pytest-xdist would start files with few tests last, which are the longest here; tests/conftest.py orders them.)
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Trains xfeat's encoder on half of two walks through rooms and judges it on the rest: about 10 minutes on two cores.
 # DATA holds rgbd_kitchen/ and rgbd_office/, each with cameras.json, images and name.depth.png.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -16,11 +17,19 @@ import pytest
 from vop.datasets import rendered
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, then those with many: none is left for one process when the others have finished."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """Ray on this machine, with more logical CPUs than a small runner has: Data jobs and actors must fit side by side.
 
-    `vop.stages.cluster.connect` uses a running Ray as it is, so every pipeline call of a test shares this one.
+    `vop.stages.cluster.connect` uses a running Ray as it is, so every pipeline call of a test shares this one; a job in
+    a process of its own can join it at the address that this yields.
     """
     import ray.data
 
@@ -33,7 +42,7 @@ def local_ray():
         logging_level="ERROR",
         log_to_driver=False,
     )
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,13 +69,34 @@ class Job:
         return self.process.wait(PATIENCE_S)
 
     def kill(self) -> None:
-        """End it by SIGKILL, with all that it started: Ray's workers have groups of their own, but its session."""
-        while members := [*session(self.process.pid)]:
-            for pid in members:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        self.process.wait()
+        """End it by SIGKILL, with all that it started."""
+        kill_session(self.process)
+
+
+def kill_session(leader: subprocess.Popen) -> None:
+    """End a session by SIGKILL; Ray's workers have groups of their own, but the session of what started Ray."""
+    kill_all(lambda: session(leader.pid))
+    leader.wait()
+
+
+def kill_dataset_workers() -> None:
+    """End by SIGKILL the workers that are at a dataset of Ray Data, in the Ray that this process started."""
+    kill_all(
+        lambda: (
+            pid
+            for raylet, program in children(os.getpid()) if "raylet/raylet" in program
+            for pid, title in children(raylet) if "MapBatches" in title
+        )
+    )  # fmt: skip
+
+
+def kill_all(processes: Callable[[], Iterable[int]]) -> None:
+    """End processes by SIGKILL until there are none."""
+    while found := [*processes()]:
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def session(leader: int) -> Iterator[int]:

@@ -72,16 +72,30 @@ def test_relative_pose_moves_points_from_one_camera_to_the_other():
     ("changes", "complaint"),
     [
         ({"cam_from_world": trees.pose(1) * 2}, "holds no rotation"),
+        ({"cam_from_world": np.diag([0.0, 0, 0, 1])}, "holds no rotation"),
+        ({"cam_from_world": np.diag([-1.0, 1, 1, 1])}, "determinant -1"),
         ({"cam_from_world": trees.pose(1).T}, "last row of cam_from_world"),
         ({"cam_from_world": np.full((4, 4), np.nan)}, "finite"),
         ({"K": trees.calibration().T}, "is it transposed"),
         ({"K": np.zeros((3, 3))}, "fx, fy above 0"),
+        ({"K": np.full((3, 3), np.nan)}, "finite"),
         ({"width": 0}, "at least 1"),
     ],
 )
-def test_malformed_cameras_are_refused_by_name(changes, complaint):
-    with pytest.raises(CamerasError, match=rf"camera of 'x/7.jpg': .*{complaint}"):
-        known("x/7.jpg", **changes)
+def test_a_malformed_camera_is_refused_by_name_and_costs_no_other(tmp_path, changes, complaint):
+    Cameras.of([known("a.jpg"), known("x/7.jpg", 1, **changes)]).write(str(tmp_path / "cameras.parquet"))
+    cameras = open_cameras(str(tmp_path / "cameras.parquet"), "/photos", ["a.jpg", "x/7.jpg"])
+    np.testing.assert_array_equal(cameras.get("a.jpg").K, trees.calibration())
+    assert cameras.worlds == {"a.jpg": "w", "x/7.jpg": "w"}
+    for asked in (cameras.check, lambda: cameras.get("x/7.jpg"), lambda: cameras.relative("a.jpg", "x/7.jpg")):
+        with pytest.raises(CamerasError, match=rf"camera of 'x/7.jpg': .*{complaint}"):
+            asked()
+
+
+def test_matrices_of_another_shape_are_refused_at_once():
+    for changes in ({"K": np.eye(2)}, {"cam_from_world": np.eye(4)[:3]}):
+        with pytest.raises(CamerasError, match=r"camera of 'x/7.jpg': .* has shape \(.*\); expected \("):
+            known("x/7.jpg", **changes)
 
 
 def test_two_cameras_of_one_image_are_refused():

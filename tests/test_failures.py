@@ -1,4 +1,7 @@
-"""Machines fail: shards, nodes and drivers are killed in the middle of a search, and the pairs are the same bytes."""
+"""Machines fail: shards and nodes are killed in the middle of a search, and the pairs are the same bytes.
+
+Killed drivers: tests/test_interruption.py.
+"""
 
 import os
 import shutil
@@ -67,12 +70,8 @@ class Nodes:
 
         head = {"num_cpus": 1, "memory": MB, "object_store_memory": 100 * MB, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": HEALTH_CHECKS})
-        self.others = []
-
-    def add(self) -> None:
-        """Bring the nodes beside the head to two."""
-        while len(self.others) < 2:
-            self.others.append(self.cluster.add_node(num_cpus=1, memory=1024 * MB, object_store_memory=100 * MB))
+        other = {"num_cpus": 1, "memory": 1024 * MB, "object_store_memory": 100 * MB}
+        self.others = [self.cluster.add_node(**other) for _ in range(2)]
 
     def remove(self, node) -> None:
         """End a node as a power cut does, and with it the shards that run there."""
@@ -86,32 +85,19 @@ class Nodes:
                 for pid, title in children(raylet) if title.startswith("ray::SearchShard")]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def started():
+@pytest.fixture
+def nodes():
     nodes = Nodes()
     yield nodes
     nodes.cluster.shutdown()
 
 
 @pytest.fixture
-def nodes(started):
-    started.add()
-    return started
-
-
-@pytest.fixture
-def job(nodes, store, tmp_path):
-    """Starts a register on the nodes; ends what is left of it."""
-    jobs = []
-
-    def start(**retrieval) -> Job:
-        told = asked(store, tmp_path / "run", nodes.cluster.address, **retrieval)
-        jobs.append(Job("register", told, tmp_path / f"job{len(jobs)}"))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
+def register(nodes, store, tmp_path):
+    """A register that runs on the nodes; what is left of it is ended."""
+    job = Job("register", asked(store, tmp_path / "run", nodes.cluster.address), tmp_path / "job")
+    yield job
+    job.kill()
 
 
 def in_the_middle(job: Job, parts: int) -> None:
@@ -120,8 +106,7 @@ def in_the_middle(job: Job, parts: int) -> None:
     assert len(job.written) < PARTS - 5, "too late to disturb it"
 
 
-def test_killed_shards_and_those_of_a_lost_node_come_back(job, nodes, undisturbed, tmp_path):
-    register = job()
+def test_killed_shards_and_those_of_a_lost_node_come_back(undisturbed, nodes, register, tmp_path):
     in_the_middle(register, 10)
     shards = nodes.shards()
     assert len(shards) == len({node for node, _ in shards}) == 2  # spread over the nodes
@@ -131,20 +116,6 @@ def test_killed_shards_and_those_of_a_lost_node_come_back(job, nodes, undisturbe
     nodes.remove(nodes.shards()[0][0])
     assert register.wait() == 0, register.log
     assert sorted(register.written) == [*range(PARTS)]  # none of them twice
-    assert_same_pairs(tmp_path / "run", undisturbed)
-
-
-def test_a_killed_driver_leaves_what_the_next_run_continues(job, undisturbed, tmp_path):
-    killed = job()
-    in_the_middle(killed, 10)
-    os.kill(killed.process.pid, signal.SIGKILL)
-    killed.wait()
-    done = {int(path.stem) for path in (tmp_path / "run").glob("parts-*/[0-9]*.parquet")}
-    assert 10 <= len(done) < PARTS
-
-    register = job()
-    assert register.wait() == 0, register.log
-    assert sorted(register.written) == sorted({*range(PARTS)} - done)
     assert_same_pairs(tmp_path / "run", undisturbed)
 
 

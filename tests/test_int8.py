@@ -1,25 +1,20 @@
-"""Patches in one byte a number: what is stored, what it stands for, and that the votes see exactly that."""
+"""Patches in one byte a number: what is stored, what it stands for, and that the votes see exactly that.
 
-import re
-from pathlib import Path
+Whole runs with such patches: tests/test_pipeline.py.
+"""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import vop
 from vop.datasets.synthetic import World, write_store
-from vop.evaluation import ranked_names
-from vop.image import patch_mask
 from vop.quantised import LEVEL, float_type, quantise, stored, widen
 from vop.retrieval import kernel, voting
 from vop.retrieval.index import ShardIndex, Wanted, memory_bytes
 from vop.retrieval.search import choose_radius
 from vop.schema import RetrievalConfig
-from vop.store import EmbeddingStore, StoreError
 
 ANY_INT8 = arrays.arrays(np.int8, st.tuples(st.integers(1, 5), st.integers(1, 40)))
 VECTORS = arrays.arrays(
@@ -195,59 +190,3 @@ def test_the_automatic_radius_is_that_of_the_vectors_that_int8_stands_for(tmp_pa
     assert radii == [0.5, 0.5]
     np.testing.assert_array_equal(reads[0][0], reads[1][0])
     assert np.einsum("npe,npe->np", widen(reads[0][1]), widen(reads[1][1])).min() > 0.999
-
-
-@pytest.fixture(scope="module")
-def runs(local_ray, rendered_collection, tmp_path_factory):
-    """The rendered photographs registered with the defaults, stored as float16 and as int8."""
-    return {
-        dtype: vop.register(
-            images=str(rendered_collection),
-            output=str(tmp_path_factory.mktemp(dtype)),
-            embedding={"shard_size": 8, "encoders": 1, "dtype": dtype},
-            report={"queries": 2},
-        )
-        for dtype in ("float16", "int8")
-    }
-
-
-def test_an_int8_store_holds_the_same_patches_and_the_same_globals(runs):
-    half, int8 = (EmbeddingStore.open(runs[dtype].counts["store"]).select() for dtype in ("float16", "int8"))
-    assert half.names == int8.names
-    (globals_, patches), (same, quantised) = half.read(), int8.read()
-    np.testing.assert_array_equal(same, globals_)
-    assert (same.dtype, quantised.dtype) == (np.float16, np.int8)
-    image = np.stack([patch_mask(int(w), int(h)) for w, h in half.scaled_sizes])
-    assert np.einsum("ne,ne->n", widen(quantised[image]), widen(patches[image])).min() >= 0.999
-    shards = (Path(selection.store.path).glob("shard-*.parquet") for selection in (half, int8))
-    sizes = [sum(path.stat().st_size for path in paths) for paths in shards]
-    assert sizes[1] < 0.55 * sizes[0]
-
-
-def test_int8_ranks_nearly_as_float16_does(runs):
-    half, int8 = (ranked_names(runs[dtype].path("pairs.parquet")) for dtype in ("float16", "int8"))
-    assert half.keys() == int8.keys()
-    assert np.mean([half[query][0] == int8[query][0] for query in half]) >= 0.9
-    assert np.mean([len({*half[query][:5]} & {*int8[query][:5]}) / 5 for query in half]) >= 0.9
-    tables = (pq.read_table(runs[dtype].path("pairs.parquet")).to_pylist() for dtype in ("float16", "int8"))
-    scores = [{(row["query"], row["database"]): row["score"] for row in table} for table in tables]
-    both = scores[0].keys() & scores[1].keys()
-    assert len(both) >= 0.9 * len(scores[0])
-    ratio = np.array([scores[1][pair] / scores[0][pair] for pair in both])
-    assert np.abs(np.median(ratio) - 1) < 0.02
-
-
-def test_the_report_of_an_int8_run_draws_the_same_support(runs):
-    """Drawn from the store's patches: taken as numbers of up to 127, every patch would find support."""
-    found = []
-    for dtype in ("float16", "int8"):
-        page = Path(runs[dtype].path("report.html")).read_text(encoding="utf-8")
-        found.append([tuple(map(int, one)) for one in re.findall(r": (\d+) of (\d+) patches found support", page)])
-    assert len(found[0]) == 2
-    for (half, of), (int8, patches) in zip(*found, strict=True):
-        assert of == patches and abs(half - int8) <= 0.1 * of
-
-
-def test_an_int8_store_takes_in_no_float16(runs, rendered_collection, tmp_path):
-    with pytest.raises(StoreError, match="dtype: the store has 'int8', this run 'float16'"):
-        vop.embed(images=str(rendered_collection), store=runs["int8"].counts["store"], output=str(tmp_path))

@@ -1,4 +1,7 @@
-"""Real processes, killed without warning in the middle; the next run finishes the work and leaves the same bytes."""
+"""Real processes, killed without warning in the middle; the next run finishes the work and leaves the same bytes.
+
+Matches and poses: tests/test_relative_pose_job.py. Shards and nodes that die: tests/test_failures.py.
+"""
 
 import dataclasses
 import sys
@@ -9,7 +12,7 @@ from processes import Job
 
 from vop import config, pipeline
 from vop.parts import Parts
-from vop.schema import MatchingConfig
+from vop.schema import ClusterConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,21 +29,21 @@ def asked(images: Path, output: Path, store: Path | None = None) -> config.Confi
         embedding={"shard_size": 2, "batch_size": 2, "encoders": 1},
         retrieval={"query_batch": 1, "shards": 2},
         report={"queries": 0},
-        cluster={"cpus": 4, "object_store_gb": 0.4},
+        cluster={"cpus": 2, "object_store_gb": 0.4},
     )
 
 
-def kill_when(happened, command: str, told: config.Config, folder: Path) -> None:
-    """Run a command of vop on a Ray of its own; end everything it started by SIGKILL as soon as `happened()`."""
+def embed_until_killed(happened, told: config.Config, folder: Path) -> None:
+    """Embed on a Ray of its own; end everything it started, Ray included, by SIGKILL as soon as `happened()`."""
     for _ in range(3):
-        if _killed_when(happened, command, told, folder):
+        if _embed_until_killed(happened, told, folder):
             return
     pytest.fail("Ray did not start in three attempts: the machine is too busy")
 
 
-def _killed_when(happened, command: str, told: config.Config, folder: Path) -> bool:
+def _embed_until_killed(happened, told: config.Config, folder: Path) -> bool:
     """False if Ray itself did not come up in its 30 s, which a busy machine may need; nothing has happened then."""
-    job = Job(command, told, folder)
+    job = Job("embed", told, folder)
 
     def not_started() -> bool:
         return job.process.poll() is not None and "timed out during startup" in job.log
@@ -65,9 +68,10 @@ def undisturbed(rendered_collection, tmp_path_factory):
 
 
 def test_a_killed_embedding_continues_and_leaves_the_same_bytes(rendered_collection, undisturbed, tmp_path):
+    """The machine goes down: the driver, its workers and Ray at once."""
     told = asked(rendered_collection, tmp_path / "run")
     store = tmp_path / "run" / "store"
-    kill_when(lambda: any(store.glob("shard-*.json")), "embed", told, tmp_path)
+    embed_until_killed(lambda: any(store.glob("shard-*.json")), told, tmp_path)
     done = {path.stem for path in store.glob("shard-*.json")}
     assert 1 <= len(done) < 12
     (store / ".shard-00011.parquet.0badcafe.tmp").write_bytes(b"what a kill in the middle of a shard leaves")
@@ -82,10 +86,17 @@ def test_a_killed_embedding_continues_and_leaves_the_same_bytes(rendered_collect
     assert bytes_of(store) == bytes_of(undisturbed / "store")
 
 
-def test_a_killed_search_continues_and_leaves_the_same_pairs(rendered_collection, undisturbed, tmp_path, monkeypatch):
+def test_a_killed_search_continues_and_leaves_the_same_pairs(
+    rendered_collection, undisturbed, local_ray, tmp_path, monkeypatch
+):
+    """The driver dies, and the cluster it used goes on."""
     output = tmp_path / "run"
     told = asked(rendered_collection, output, undisturbed / "store")
-    kill_when(lambda: any(output.glob("parts-*/[0-9]*.parquet")), "register", told, tmp_path)
+    driver = Job("register", dataclasses.replace(told, cluster=ClusterConfig(address=local_ray)), tmp_path)
+    try:
+        driver.wait_until(lambda: any(output.glob("parts-*/[0-9]*.parquet")))
+    finally:
+        driver.kill()
     done = {int(path.stem) for path in output.glob("parts-*/[0-9]*.parquet")}
     assert 1 <= len(done) < 24
 
@@ -101,36 +112,4 @@ def test_a_killed_search_continues_and_leaves_the_same_pairs(rendered_collection
     assert sorted(searched) == sorted((kind, number) for kind in ("parts", "votes") for number in {*range(24)} - done)
     assert {path.name for path in output.iterdir()} == {path.name for path in undisturbed.iterdir()} - {"store"}
     for name in ("pairs.parquet", "pairs.txt", "patch_weights.parquet"):
-        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
-
-
-def test_killed_matching_and_killed_posing_continue_and_leave_the_same_bytes(rendered_collection, tmp_path):
-    """Killed twice: among the shards of matches, then among the parts of the poses."""
-    names = sorted(path.name for path in rendered_collection.glob("????.jpg"))
-    listed = tmp_path / "pairs.txt"
-    listed.write_text("".join(f"{a} {b}\n" for a in names for b in names if a < b))
-
-    def told(folder: str) -> config.Config:
-        return dataclasses.replace(
-            asked(rendered_collection, tmp_path / folder / "run"),
-            cameras=str(rendered_collection),
-            pair_list=str(listed),
-            matching=MatchingConfig(method="sift+nn", shard_size=6, extractors=1, matchers=1, pair_shard_size=8),
-        )
-
-    undisturbed = Path(pipeline.relative_pose(told("undisturbed")).output)
-    output = tmp_path / "killed" / "run"
-    kill_when(lambda: any((output / "matches").glob("shard-*.json")), "relative-pose", told("killed"), output.parent)
-    matched = {path.stem for path in (output / "matches").glob("shard-*.json")}
-    assert 1 <= len(matched) < len([*(undisturbed / "matches").glob("shard-*.json")])
-    kill_when(lambda: any(output.glob("poses-*/[0-9]*.parquet")), "relative-pose", told("killed"), output.parent)
-    posed = [*output.glob("poses-*/[0-9]*.parquet")]
-    assert 1 <= len(posed) < len([*undisturbed.glob("poses-*/[0-9]*.parquet")])
-
-    job = pipeline.relative_pose(told("killed"))
-    assert job.counts["extracted_now"] == job.counts["matched_now"] == 0
-    assert 0 < job.counts["posed_now"] < job.counts["pairs_matched"]
-    for folder in ("features", "matches", *(path.name for path in undisturbed.glob("poses-*"))):
-        assert bytes_of(output / folder) == bytes_of(undisturbed / folder)
-    for name in ("poses.parquet", "results.parquet", "results.md", "metrics.json", "cameras.parquet"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()

@@ -1,15 +1,20 @@
-"""The job scripts under a real `ray start --head`, submitted with `ray job submit` as a user would."""
+"""The job scripts under a real `ray start --head`, submitted with `ray job submit` as a user would, several at once."""
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from processes import kill_session
 
 from vop.datasets import rendered
 
@@ -17,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).with_name("ray")
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc"),
+]
 
 
 def free_port() -> int:
@@ -34,11 +42,11 @@ def head(tmp_path_factory):
         process, address = start(log)
         if answers(process, address):
             break
+        kill_session(process)
     else:
         pytest.fail(f"the head did not start: {log.read_text()[-2000:]}")
     yield address
-    process.terminate()  # `ray start --block` then ends its own processes
-    process.wait(60)
+    kill_session(process)  # SIGTERM would have it end its processes one by one, each with a delay of grace
 
 
 def start(log: Path) -> tuple[subprocess.Popen, str]:
@@ -54,22 +62,30 @@ def start(log: Path) -> tuple[subprocess.Popen, str]:
 
 
 def answers(process: subprocess.Popen, address: str) -> bool:
-    """Whether the head takes jobs, within two minutes; it is ended if not."""
+    """Whether the head takes jobs, within two minutes."""
     deadline = time.monotonic() + 120
-    trial = [RAY, "job", "submit", "--address", address, "--", "true"]
+    trial = urllib.request.Request(
+        f"{address}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), {"Content-Type": "application/json"}
+    )
     # The server answers some seconds before there is an agent that starts jobs.
     while process.poll() is None and time.monotonic() < deadline:
-        if subprocess.run(trial, env=ENVIRONMENT, capture_output=True).returncode == 0:
-            return True
-        time.sleep(1)
-    process.terminate()
-    process.wait(60)
+        try:
+            with urllib.request.urlopen(trial, timeout=60):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
     return False
 
 
 def submit(head: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [RAY, "job", "submit", "--address", head, "--working-dir", ROOT / "ray_jobs", "--", sys.executable]
     return subprocess.run([*command, script, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+def together(head: str, *jobs: tuple[str, ...]) -> list[subprocess.CompletedProcess]:
+    """Submit jobs side by side; what each said, once all have ended."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(lambda job: submit(head, *job), jobs))
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +95,60 @@ def photos(tmp_path_factory):
     return folder / "images"
 
 
-def test_jobs_embed_register_retrieve_and_pose(head, photos, tmp_path):
-    store = f"store={tmp_path}/store"
-    embedded = submit(head, "embed.py", f"images={photos}", f"output={tmp_path}/embed", store)
-    assert embedded.returncode == 0, embedded.stdout + embedded.stderr
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where the jobs write."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def first(head, photos, runs):
+    """Jobs that need nothing of another: embed, relative_pose, and one that cannot run."""
+    names = sorted(path.name for path in photos.glob("????.jpg"))
+    (runs / "pairs.txt").write_text("".join(f"{a} {b}\n" for a, b in itertools.permutations(names, 2)))
+    images = f"images={photos}"
+    return together(
+        head,
+        ("embed.py", images, f"output={runs}/embed", f"store={runs}/store"),
+        ("relative_pose.py", images, f"cameras={photos}", f"pair_list={runs}/pairs.txt", f"output={runs}/poses",
+         "matching.method=sift+nn", "matching.extractors=1", "matching.matchers=1"),
+        ("register.py", images, "output=relative"),
+    )  # fmt: skip
+
+
+def assert_ended_well(job: subprocess.CompletedProcess) -> None:
+    assert job.returncode == 0, job.stdout + job.stderr
+
+
+def test_jobs_register_and_retrieve_from_the_store_of_another(head, photos, runs, first):
+    embedded = first[0]
+    assert_ended_well(embedded)
     assert "10 in the store (10 embedded by this run" in embedded.stdout
-    registered = submit(head, "register.py", f"images={photos}", f"output={tmp_path}/register", store)
-    assert registered.returncode == 0, registered.stdout + registered.stderr
+    shared = (f"images={photos}", f"store={runs}/store")
+    registered, retrieved = together(
+        head,
+        ("register.py", *shared, f"output={runs}/register"),
+        ("retrieve.py", *shared, f"output={runs}/retrieve", f"queries={photos}/000[01].jpg"),
+    )
+    assert_ended_well(registered)
     assert "(0 embedded by this run" in registered.stdout
-    assert json.loads((tmp_path / "register" / "run.json").read_text())["outcome"] == "finished"
-    assert (tmp_path / "register" / "report.html").exists()
-    asked = (f"images={photos}", f"queries={photos}/000[01].jpg", f"output={tmp_path}/retrieve", store)
-    retrieved = submit(head, "retrieve.py", *asked)
-    assert retrieved.returncode == 0, retrieved.stdout + retrieved.stderr
-    pairs = pq.read_table(tmp_path / "retrieve" / "pairs.parquet").to_pylist()
+    assert json.loads((runs / "register" / "run.json").read_text())["outcome"] == "finished"
+    assert (runs / "register" / "report.html").exists()
+    assert_ended_well(retrieved)
+    pairs = pq.read_table(runs / "retrieve" / "pairs.parquet").to_pylist()
     assert {pair["query"] for pair in pairs} == {"0000.jpg", "0001.jpg"}
-    everything = pq.read_table(tmp_path / "register" / "pairs.parquet").to_pylist()
+    everything = pq.read_table(runs / "register" / "pairs.parquet").to_pylist()
     assert pairs == [pair for pair in everything if pair["query"] in ("0000.jpg", "0001.jpg")]
-    listed = (f"pair_list={tmp_path}/register/pairs.parquet", f"cameras={photos}", f"output={tmp_path}/poses")
-    posed = submit(head, "relative_pose.py", f"images={photos}", *listed, "matching.method=sift+nn")
-    assert posed.returncode == 0, posed.stdout + posed.stderr
+
+
+def test_a_job_estimates_relative_poses(runs, first):
+    posed = first[1]
+    assert_ended_well(posed)
     assert "relative poses of 10 queries" in posed.stdout
-    assert "auc@5" in json.loads((tmp_path / "poses" / "metrics.json").read_text())
+    assert "auc@5" in json.loads((runs / "poses" / "metrics.json").read_text())
 
 
-def test_a_job_that_cannot_run_says_why_and_fails(head, photos):
-    refused = submit(head, "register.py", f"images={photos}", "output=relative")
+def test_a_job_that_cannot_run_says_why_and_fails(first):
+    refused = first[2]
     assert refused.returncode == 1
     assert "output is the relative path 'relative'" in refused.stdout + refused.stderr

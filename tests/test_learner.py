@@ -1,8 +1,10 @@
 """The training loop in plain PyTorch: loss, steps, checkpoints, resume."""
 
 import dataclasses
+import datetime
 import itertools
 import math
+import multiprocessing
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,13 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 from safetensors.torch import load_file
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from vop.models.encoder import Encoder
 from vop.schema import TrainConfig
 from vop.training import checkpoint
 from vop.training.batches import Batch
 from vop.training.checkpoint import Progress
-from vop.training.learner import Learner, LossError, learning_rate
+from vop.training.learner import LOSSES, Learner, LossError, learning_rate
 from vop.training.loop import SCHEMA, Work, train
 from vop.training.loss import overlap_loss
 from vop.training.start import MatchedWhitening
@@ -93,6 +97,17 @@ def test_a_batch_in_parts_gives_the_same_gradients():
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-6)
     for a, b in zip(whole.encoder.parameters(), parts.encoder.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_half_precision_is_that_of_the_step_and_not_of_the_weights():
+    config = dataclasses.replace(CONFIG, dropout=0.0)
+    full, half = learner(config), learner(dataclasses.replace(config, precision="bfloat16"))
+    losses = [one.step(batch(5), 0) for one in (full, half)]
+    for name in LOSSES:
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.01) and losses[1][name] != losses[0][name]
+    assert {value.dtype for value in half.state().values()} == {torch.float32}
+    full, half = (torch.cat([each.grad.flatten() for each in one.encoder.parameters()]) for one in (full, half))
+    assert torch.linalg.vector_norm(half - full) < 0.02 * torch.linalg.vector_norm(full)
 
 
 def test_training_lowers_the_loss_and_the_rate_follows_the_recipe(tmp_path):
@@ -180,12 +195,51 @@ def test_a_loss_that_is_no_number_stops_and_leaves_its_batch(tmp_path):
             yield each
 
     one = learner()
-    with pytest.raises(LossError, match=r"step 7 is nan.*nan-batch\.safetensors"):
+    with pytest.raises(LossError, match=r"step 7 has .* the loss nan.*nan-batch-0\.safetensors"):
         train(one, CONFIG, dataclasses.replace(given, batches=batches))
-    saved = load_file(tmp_path / "nan-batch.safetensors")
+    saved = load_file(tmp_path / "nan-batch-0.safetensors")
     assert saved["inputs1"][1, 3].isnan().all() and saved["inputs0"].isfinite().all()
     assert_equal({name[14:]: value for name, value in saved.items() if name.startswith("state.encoder.")}, weights(one))
     assert checkpoint.latest(str(tmp_path / "checkpoints"))[0].step == 6  # what was learned before stays
+
+
+def one_of_two_workers(rank: int, folder: str) -> None:
+    """Learn from half of a batch, then of another from what only the second worker cannot learn from."""
+    config = dataclasses.replace(CONFIG, dropout=0.0, accumulate=2, checkpoint_steps=1)
+    patience = datetime.timedelta(seconds=60)
+    distributed.init_process_group("gloo", f"file://{folder}/met", patience, world_size=2, rank=rank)
+    try:
+        shares = [batch(number).parts(2)[rank] for number in (5, 6)]
+        shares[1].inputs0[1, 2] *= math.nan if rank else 1
+        given = Work(folder, lambda epoch: 2, lambda epoch, first: iter(shares), workers=2)
+        one = learner(config, wrap=DistributedDataParallel, rank=rank)
+        with pytest.raises(LossError, match=f"step 1 has gradients that are not finite.*nan-batch-{rank}"):
+            train(one, config, given)
+        assert one.step_number == 1
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_two_workers_learn_as_one_and_stop_together(tmp_path):
+    """Half a batch each, with PyTorch's own averaging of gradients, in another process; one share is not finite."""
+    spawned = multiprocessing.get_context("spawn")
+    second = spawned.Process(target=one_of_two_workers, args=(1, str(tmp_path)), daemon=True)
+    second.start()
+    one_of_two_workers(0, str(tmp_path))
+    second.join(60)
+    assert second.exitcode == 0
+
+    alone = learner(dataclasses.replace(CONFIG, dropout=0.0))
+    alone.step(batch(5), 0)
+    saved = [load_file(tmp_path / f"nan-batch-{rank}.safetensors") for rank in (0, 1)]
+    assert [tensors["inputs0"].isfinite().all().item() for tensors in saved] == [True, False]
+    progress, kept = checkpoint.latest(str(tmp_path / "checkpoints"))
+    assert progress.step == 1 and kept.keys() == alone.state().keys()
+    for name, value in alone.state().items():
+        assert torch.equal(saved[0][f"state.{name}"], saved[1][f"state.{name}"])
+        assert torch.equal(saved[0][f"state.{name}"], kept[name])
+        if name.endswith("exp_avg"):  # a tenth of the gradients of the only step
+            torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=1e-8)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from vop.catalog import TooManyBadImagesError
 from vop.config import ConfigError
 from vop.datasets.posed import OverlapTruth, PosedFolder, read_overlap, write_overlap
 from vop.datasets.positions import PositionsError
+from vop.evaluation import ranked_names
 from vop.image import ImageError, patch_mask
+from vop.quantised import widen
 from vop.store import EmbeddingStore, StoreError
 
 EMBEDDING = {"shard_size": 8, "encoders": 1}
 WITHOUT_REPORT = {"queries": 0}
 K = 5
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
@@ -233,28 +236,30 @@ def test_the_report_can_be_written_again(registered, tmp_path):
     assert (copy / "run.json").read_bytes() == (Path(asked.output) / "run.json").read_bytes()
 
 
-def test_pairs_are_those_of_brute_force_however_the_database_is_sharded(registered, brute, tmp_path):
-    written = {}
-    for shards in (1, 2, 5):
-        settings = {"radius": brute.radius, "k": K, "shortlist": 8, "shards": shards, "query_batch": 7}
-        table = run_again(registered, tmp_path / str(shards), **settings)
+def test_pairs_are_those_of_brute_force_however_database_and_queries_are_split(registered, brute, tmp_path):
+    tables, written = {}, {}
+    for shards, batch in ((1, 7), (5, 7), (2, 64)):
+        settings = {"radius": brute.radius, "k": K, "shortlist": 8, "shards": shards, "query_batch": batch}
+        tables[shards] = run_again(registered, tmp_path / str(shards), **settings)
         written[shards] = bytes_of(tmp_path / str(shards))
-    assert_pairs(table, brute.pairs(brute.names, brute.names, K, 8))
+    assert_pairs(tables[5], brute.pairs(brute.names, brute.names, K, 8))
+    assert hloc_pairs(written[5]["pairs.txt"].decode()).keys() == {*tables[5]["query"].to_pylist()}
     for name in ("pairs.parquet", "pairs.txt", "patch_weights.parquet"):
-        assert written[1][name] == written[2][name] == written[5][name], name
+        assert written[1][name] == written[5][name], name
+    assert tables[2].equals(tables[5])
+    assert written[2]["pairs.txt"] == written[5]["pairs.txt"]
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"k": K, "shortlist": 8, "query_batch": 64}, {"k": K, "shortlist": 8}),
         ({"k": 30, "shortlist": None, "weights": "tfidf"}, {"k": 30, "shortlist": None, "weights": "tfidf"}),
         (
             {"k": K, "shortlist": 6, "within_scene": True, "weights": "none"},
             {"k": K, "shortlist": 6, "within_scene": True, "weights": "none"},
         ),
     ],
-    ids=["one batch", "no shortlist, tfidf", "within the scene, unweighted"],
+    ids=["no shortlist, tfidf", "within the scene, unweighted"],
 )
 def test_pairs_are_those_of_brute_force(registered, brute, tmp_path, settings, expected):
     table = run_again(registered, tmp_path / "run", radius=brute.radius, **settings)
@@ -263,8 +268,8 @@ def test_pairs_are_those_of_brute_force(registered, brute, tmp_path, settings, e
 
 
 def test_padding_votes_if_asked(registered, tmp_path):
-    masked = run_again(registered, tmp_path / "a", k=K, query_batch=24)
-    unmasked = run_again(registered, tmp_path / "b", k=K, query_batch=24, mask_padding=False)
+    masked = pq.read_table(Path(registered[0].output) / "pairs.parquet", filters=[("rank", "<", K)])
+    unmasked = run_again(registered, tmp_path / "run", k=K, query_batch=24, mask_padding=False)
     best = dict(zip(masked["query"].to_pylist(), masked["score"].to_pylist(), strict=True))
     all_best = dict(zip(unmasked["query"].to_pylist(), unmasked["score"].to_pylist(), strict=True))
     assert all(all_best[name] > best[name] for name in best)  # black patches find black patches
@@ -485,6 +490,58 @@ def test_other_settings_are_refused_and_the_store_stays(registered, tmp_path):
     assert "normalize_global: the store has False, this run True" in str(caught.value)
     assert fingerprints(asked.store_path) == before
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "failed"
+
+
+@pytest.fixture(scope="module")
+def runs(registered, tmp_path_factory):
+    """The collection registered alike with patches stored as float16 and as int8."""
+    asked, _ = registered
+    embedding = dataclasses.replace(asked.embedding, dtype="int8")
+    output = str(tmp_path_factory.mktemp("int8") / "run")
+    int8 = pipeline.register(dataclasses.replace(asked, output=output, embedding=embedding))
+    return {"float16": pipeline.report(asked), "int8": int8}  # (another test writes a page of fewer queries)
+
+
+def test_an_int8_store_holds_the_same_patches_and_the_same_globals(runs):
+    half, int8 = (EmbeddingStore.open(runs[dtype].counts["store"]).select() for dtype in ("float16", "int8"))
+    assert half.names == int8.names
+    (globals_, patches), (same, quantised) = half.read(), int8.read()
+    np.testing.assert_array_equal(same, globals_)
+    assert (same.dtype, quantised.dtype) == (np.float16, np.int8)
+    image = np.stack([patch_mask(int(w), int(h)) for w, h in half.scaled_sizes])
+    assert np.einsum("ne,ne->n", widen(quantised[image]), widen(patches[image])).min() >= 0.999
+    shards = (Path(selection.store.path).glob("shard-*.parquet") for selection in (half, int8))
+    sizes = [sum(path.stat().st_size for path in paths) for paths in shards]
+    assert sizes[1] < 0.55 * sizes[0]
+
+
+def test_int8_ranks_nearly_as_float16_does(runs):
+    half, int8 = (ranked_names(runs[dtype].path("pairs.parquet")) for dtype in ("float16", "int8"))
+    assert half.keys() == int8.keys()
+    assert np.mean([half[query][0] == int8[query][0] for query in half]) >= 0.9
+    assert np.mean([len({*half[query][:5]} & {*int8[query][:5]}) / 5 for query in half]) >= 0.9
+    tables = (pq.read_table(runs[dtype].path("pairs.parquet")).to_pylist() for dtype in ("float16", "int8"))
+    scores = [{(row["query"], row["database"]): row["score"] for row in table} for table in tables]
+    both = scores[0].keys() & scores[1].keys()
+    assert len(both) >= 0.9 * len(scores[0])
+    ratio = np.array([scores[1][pair] / scores[0][pair] for pair in both])
+    assert np.abs(np.median(ratio) - 1) < 0.02
+
+
+def test_the_report_of_an_int8_run_draws_the_same_support(runs):
+    """Drawn from the store's patches: taken as numbers of up to 127, every patch would find support."""
+    found = []
+    for dtype in ("float16", "int8"):
+        page = Path(runs[dtype].path("report.html")).read_text(encoding="utf-8")
+        found.append([tuple(map(int, one)) for one in re.findall(r": (\d+) of (\d+) patches found support", page)])
+    assert len(found[0]) == 3
+    for (half, of), (int8, patches) in zip(*found, strict=True):
+        assert of == patches and abs(half - int8) <= 0.1 * of
+
+
+def test_an_int8_store_takes_in_no_float16(runs, photos, tmp_path):
+    with pytest.raises(StoreError, match="dtype: the store has 'int8', this run 'float16'"):
+        vop.embed(images=str(photos), store=runs["int8"].counts["store"], output=str(tmp_path))
 
 
 def test_bad_images_end_the_job_or_go_to_quarantine(tmp_path):

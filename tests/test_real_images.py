@@ -12,7 +12,10 @@ from vop.evaluation import ranked_names
 
 OFFICE = Path(__file__).resolve().parents[2] / "shared" / "data" / "rgbd_office"
 
-pytestmark = pytest.mark.skipif(not OFFICE.is_dir(), reason=f"the photographs of {OFFICE} are not here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OFFICE.is_dir(), reason=f"the photographs of {OFFICE} are not here"),
+]
 
 
 @pytest.fixture(scope="module")

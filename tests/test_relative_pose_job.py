@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import Job, kill_dataset_workers
 
 from vop import config, matching, pairs, pipeline
 from vop.datasets import rendered
@@ -17,14 +19,14 @@ from vop.datasets.posed import PosedFolder
 from vop.geometry import relative_pose
 from vop.image import decode
 from vop.pose.relative import Estimator
-from vop.schema import ConfigError
+from vop.schema import ClusterConfig, ConfigError
 from vop.shards import StoreError
 
 METHOD = {"method": "sift+nn", "max_keypoints": 600, "shard_size": 4, "extractors": 1, "matchers": 1}
 ESTIMATORS = ["opencv", "opencv_ransac"]
 BLANK, BROKEN, STRANGER, ABSENT = "one/blank.png", "one/broken.jpg", "two/0005.jpg", "one/absent.jpg"
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def told(rooms, tmp_path_factory):
     write_list(folder / "pairs.parquet", [*listed, *wrong])
     return config.load(
         images=str(rooms), cameras=str(rooms), pair_list=str(folder / "pairs.parquet"), output=str(folder / "run"),
-        matching=METHOD | {"pair_shard_size": 16}, pose={"estimators": ESTIMATORS, "thresholds": [0.5, 3.0]},
+        matching=METHOD | {"pair_shard_size": 6}, pose={"estimators": ESTIMATORS, "thresholds": [0.5, 3.0]},
         embedding={"max_bad_fraction": 0.5}, report={"queries": 0},
     )  # fmt: skip
 
@@ -185,6 +187,41 @@ def test_other_shards_and_a_run_in_two_parts_give_the_same_bytes(job, told, room
     assert half.counts["extracted_now"] + whole.counts["extracted_now"] == job.counts["extracted_now"]
     poses = [pq.read_table(each.path("poses.parquet")) for each in (job, whole)]
     assert poses[0].equals(poses[1])
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_when(happened, told, folder):
+    """Run the job on the Ray of the tests; end it and its workers by SIGKILL as soon as `happened()`."""
+    driver = Job("relative-pose", told, folder)
+    try:
+        driver.wait_until(happened)
+    finally:
+        driver.kill()
+        kill_dataset_workers()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc")
+def test_killed_matching_and_killed_posing_continue_and_leave_the_same_bytes(job, told, local_ray, tmp_path):
+    """Killed twice: among the shards of matches, then among the parts of the poses."""
+    undisturbed, output = Path(told.output), tmp_path / "run"
+    again = dataclasses.replace(told, output=str(output), cluster=ClusterConfig(address=local_ray))
+    kill_when(lambda: any((output / "matches").glob("shard-*.json")), again, tmp_path / "first")
+    matched = {path.stem for path in (output / "matches").glob("shard-*.json")}
+    assert 1 <= len(matched) < len([*(undisturbed / "matches").glob("shard-*.json")])
+    kill_when(lambda: any(output.glob("poses-*/[0-9]*.parquet")), again, tmp_path / "second")
+    posed = [*output.glob("poses-*/[0-9]*.parquet")]
+    assert 1 <= len(posed) < len([*undisturbed.glob("poses-*/[0-9]*.parquet")])
+
+    resumed = pipeline.relative_pose(again)
+    assert resumed.counts["extracted_now"] == resumed.counts["matched_now"] == 0
+    assert 0 < resumed.counts["posed_now"] < resumed.counts["pairs_matched"] == job.counts["pairs_matched"]
+    for folder in ("features", "matches", *(path.name for path in undisturbed.glob("poses-*"))):
+        assert bytes_of(output / folder) == bytes_of(undisturbed / folder)
+    for name in ("poses.parquet", "results.parquet", "results.md", "metrics.json", "cameras.parquet"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_a_damaged_shard_of_features_costs_its_pairs_only_and_is_mended(job, told, tmp_path):

@@ -252,6 +252,9 @@ def encode_8_bit() -> bytes:
 @pytest.mark.parametrize(("second", "reason"), [
     ({"K": None}, "camera missing"),
     ({"cam_from_world": None}, "camera missing"),
+    ({"cam_from_world": np.diag([1.0, 1, 0, 1])}, "pose is not a rotation or K not a calibration"),
+    ({"cam_from_world": np.full((4, 4), np.nan)}, "pose is not a rotation or K not a calibration"),
+    ({"K": np.diag([64.0, 0, 1])}, "pose is not a rotation or K not a calibration"),
     ({"width": SIZE // 2}, "camera does not fit the image"),
     ({"model": "SIMPLE_RADIAL", "params": (64.0, 56.0, 56.0, 0.1)}, "image is distorted: undistort it first"),
 ])  # fmt: skip

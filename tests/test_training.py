@@ -1,21 +1,27 @@
 """`vop train` under Ray: against the plain loop, on two workers, killed, gone on with."""
 
 import dataclasses
+import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import Job
 from safetensors.torch import load_file
 
 from vop import config, pipeline
+from vop.config import ConfigError
 from vop.models.encoder import load_encoder
+from vop.schema import ClusterConfig
 from vop.stages import train as stage
 from vop.steps import training
-from vop.training import loop
+from vop.training import checkpoint, loop
+from vop.training.learner import LossError
 from vop.training.loop import Work
 from vop.training.place import Place
 
@@ -39,15 +45,19 @@ def asked(images: Path, output: Path, **train) -> config.Config:
     )
 
 
-@pytest.fixture(scope="module")
-def trained(rendered_collection, tmp_path_factory):
+def finished(told: config.Config):
     """A finished run, and the place that its workers were given."""
-    output = tmp_path_factory.mktemp("trained") / "run"
     places = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "fit", lambda place, told: (places.append(place), stage.fit(place, told))[1])
-        job = pipeline.train(asked(rendered_collection, output))
+        job = pipeline.train(told)
     return job, places[0]
+
+
+@pytest.fixture(scope="module")
+def trained(rendered_collection, tmp_path_factory):
+    """A finished run, and the place that its workers were given."""
+    return finished(asked(rendered_collection, tmp_path_factory.mktemp("trained") / "run"))
 
 
 def elsewhere(place: Place, folder: Path, **train) -> Place:
@@ -121,6 +131,82 @@ def test_two_workers_one_of_them_killed_learn_the_same(trained, tmp_path):
     stage.fit(shared, told)
     assert killed, "no worker was found that could be killed"
     assert_same_weights(place.folder, tmp_path / "two", rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc")
+def test_a_killed_training_goes_on_with_two_workers_to_the_same_weights(
+    trained, rendered_collection, local_ray, tmp_path
+):
+    """The driver dies, and the cluster it used goes on. Tokens and labels are those of the undisturbed run."""
+    output = trained[0].output
+    told = dataclasses.replace(
+        asked(rendered_collection, tmp_path / "run"), tokens=f"{output}/tokens", pair_labels=output
+    )
+    driver = Job("train", dataclasses.replace(told, cluster=ClusterConfig(address=local_ray)), tmp_path)
+    try:
+        driver.wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("*.json")))
+    finally:
+        driver.kill()
+    job = pipeline.train(dataclasses.replace(told, train=dataclasses.replace(told.train, workers=2)))
+    assert 0 < job.counts["steps_now"] < trained[0].counts["steps"] == job.counts["steps"]
+    assert not [*(tmp_path / "run").glob("labels-*")] and job.counts["embedded_now"] == 0
+    assert_same_weights(output, tmp_path / "run", rtol=1e-3, atol=1e-5)
+
+
+def test_a_share_that_is_not_finite_stops_all_workers_at_once(trained, tmp_path):
+    """The fourth batch, of which the second worker's share is spoilt: nobody learns from it, nobody tries again."""
+    place = elsewhere(trained[1], tmp_path / "nan", workers=2)
+    spoilt = next(place.shares(0, 3, 1, 2))["view0"].to_pylist()
+
+    class Spoilt(Place):
+        def learner(self, *given):
+            learner = super().learner(*given)
+            (tmp_path / f"started-{learner.rank}-{os.getpid()}").touch()
+            return learner
+
+        def batch(self, rows):
+            batch = super().batch(rows)
+            if rows["view0"].to_pylist() == spoilt:
+                batch.inputs1[0, 0] = math.nan
+            return batch
+
+    rows = []
+    with pytest.raises(LossError, match=r"step 3 has .*learning_rate=0\.001.*nan/nan-batch-[01]\.safetensors"):
+        stage.fit(Spoilt(**vars(place)), rows.append)
+    assert sorted(path.name[:9] for path in tmp_path.glob("started-*")) == ["started-0", "started-1"]
+    saved = [load_file(tmp_path / "nan" / f"nan-batch-{rank}.safetensors") for rank in (0, 1)]
+    assert [tensors["inputs1"].isfinite().all().item() for tensors in saved] == [True, False]
+    progress, tensors = checkpoint.latest(str(tmp_path / "nan" / "checkpoints"))
+    assert progress.step == 2 and all(value.isfinite().all() for value in tensors.values())
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0] if name.startswith("state."))
+
+
+def test_another_training_is_refused_where_one_ended(trained, rendered_collection):
+    folder = Path(trained[0].output)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    other = asked(rendered_collection, folder, learning_rate=2e-3, epochs=3)
+    with pytest.raises(ConfigError, match=r"other settings:\n  learning_rate: the run has 0\.001, now 0\.002\n"):
+        pipeline.train(other)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    training.check_same(asked(rendered_collection, folder, epochs=3, workers=2))  # more of the same is welcome
+
+
+def test_photographs_alone_teach_under_changing_light(rendered_collection, tmp_path):
+    """Homographies between views, and the backbone in every step: no truth, no cached tokens."""
+    names = sorted(path.name for path in rendered_collection.glob("*.jpg"))
+    lists = {"scenes": names[:8], "validation": names[12:15]}
+    for key, listed in lists.items():
+        (tmp_path / key).write_text("".join(f"{name}\n" for name in listed))
+    job, place = finished(asked(
+        rendered_collection, tmp_path / "run", **{key: str(tmp_path / key) for key in lists}, supervision="homography",
+        cached=False, warps=2, epochs=1, start="random", learning_rate=3e-3,
+    ))  # fmt: skip
+    assert job.counts["steps"] == 3 and not job.counts["pairs_without_labels"]
+    assert np.isfinite(curve(job.output)).all()
+    assert load_encoder(job.counts["encoder"]).descriptor_dim == 32
+    untrained = place.validation()(place.learner())
+    assert job.metrics["validation_loss"] < 0.95 * untrained["validation_loss"]
+    assert job.metrics["precision"] > 0.2  # vectors of chance find 9 of 256 patches
 
 
 def kill_a_worker() -> int:

@@ -1,19 +1,29 @@
 """What a training works on: the lists that divide a collection, overlaps from depth, and the parts of its labels."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sparse
+import torch
 
-from vop.cameras import Cameras, KnownCamera
+from vop import config as configuration
+from vop.cameras import Cameras, CamerasError, KnownCamera
+from vop.datasets.benchmark import open_benchmark
 from vop.datasets.folder import ImageFile
 from vop.datasets.image_sets import ImageSets
 from vop.datasets.posed import OverlapTruth, encode_depth
 from vop.geometry import Camera, symmetric_overlap
+from vop.run import Run
 from vop.schema import ConfigError, TrainConfig
+from vop.steps import training
+from vop.steps.poses import check_cameras
 from vop.training import plan
 from vop.training.plan import PART, Split, cut, depth_overlaps, pairs_of, parts_of, parts_per_epoch, split
 from vop.training.sampling import VALIDATION, epoch_pairs, view_pairs
+from vop.training.supervision import DepthSupervision, read_depth
+from vop.training.views import image_of
 
 NAMES = ("a/1.jpg", "a/2.jpg", "a/night/1.jpg", "a/night/2.jpg", "b/1.jpg", "b/2.jpg", "nightly.jpg")
 
@@ -147,6 +157,7 @@ def test_images_without_depth_or_camera_are_counted_and_left_out(tmp_path):
     (tmp_path / "5.depth.png").unlink()
     walls.add("garbage", 0)
     (tmp_path / "6.depth.png").write_bytes(b"no depth")
+    walls.add("singular K", 0, K=np.diag([40.0, 0, 1]))
     walls.add("half", 0, depth=np.full((15, 20), 2.0))
     walls.add("turned", 0, depth=np.full(SIZE, 2.0))
     walls.known.append(KnownCamera("no path", K, np.eye(4), "w", *SIZE))
@@ -156,6 +167,7 @@ def test_images_without_depth_or_camera_are_counted_and_left_out(tmp_path):
     assert truth.names == ("1", "2") and truth.matrix.shape == (2, 2) and truth.matrix[0, 1] > 0.9
     assert reasons == {
         "camera missing": 3,
+        "pose is not a rotation or K not a calibration": 1,
         "depth map missing": 2,
         "depth map cannot be read": 1,
         "depth map of another size than its image": 2,
@@ -181,6 +193,69 @@ def test_unknown_depth_overlaps_with_nothing(tmp_path):
 def test_no_image_at_all():
     truth, reasons = depth_overlaps(["a.jpg"], Cameras.of([]), {})
     assert truth.names == () and truth.matrix.shape == (0, 0) and reasons == {"camera missing": 1}
+
+
+@pytest.fixture
+def supervised(rendered_collection, tmp_path):
+    """What the rendered rooms give to learn from, if their cameras are changed."""
+
+    def of(change):
+        entries = json.loads((rendered_collection / "cameras.json").read_text())
+        change(entries)
+        (tmp_path / "cameras.json").write_text(json.dumps(entries))
+        told = configuration.load(images=str(rendered_collection), cameras=str(tmp_path), output=str(tmp_path / "run"))
+        job, benchmark = Run(told.output, "train"), open_benchmark(told)
+        truth, places, chosen = training.supervised(told, job, benchmark, split(benchmark.sets, told.train))
+        pairs = pairs_of(0, chosen, truth, told.train, benchmark.cameras.worlds)
+        return job.counts["images_without_overlap"], truth, pairs, benchmark, places["cameras"]
+
+    return of
+
+
+def labels_of(pairs: pa.Table, benchmark, cameras: str) -> list:
+    """Labels of the first pairs, of images 160 pixels wide at most."""
+    rows = []
+    for pair in pairs.slice(0, 6).to_pylist():
+        for side in (0, 1):
+            path = benchmark.depths(image_of(pair[f"view{side}"]))
+            size = dict(zip(("height", "width"), read_depth(path).shape, strict=True))
+            pair |= {f"depth{side}": path} | {f"{stem}{of}{side}": size[of] for stem in ("", "scaled_") for of in size}
+        rows.append(pair)
+    return DepthSupervision(cameras, 168, 0.1, 2).labels(rows)
+
+
+SINGULAR = "pose is not a rotation or K not a calibration"
+
+
+def test_an_image_with_a_singular_pose_teaches_nothing_and_the_others_what_they_would(supervised):
+    def damaged(entries):
+        entries["0005.jpg"]["R"] = np.zeros((3, 3)).tolist()
+        entries["0012.jpg"]["t"] = [float("nan"), 0, 0]
+
+    reasons, truth, pairs, benchmark, cameras = supervised(damaged)
+    assert reasons == {SINGULAR: 2} and len(truth.names) == 22 and not {"0005.jpg", "0012.jpg"} & {*truth.names}
+    with pytest.raises(CamerasError, match=r"camera of '0005\.jpg': cam_from_world holds no rotation"):
+        check_cameras(benchmark)  # what judges poses does not begin
+    without = supervised(lambda entries: [entries.pop(name) for name in ("0005.jpg", "0012.jpg")])
+    assert without[0] == {"camera missing": 2} and truth.names == without[1].names
+    np.testing.assert_array_equal(truth.matrix, without[1].matrix)
+    assert pairs.equals(without[2]) and pairs.num_rows > 100
+    found, expected = labels_of(pairs, benchmark, cameras), labels_of(*without[2:])
+    assert sum(int(labels.positive.sum()) for labels in found) > 20
+    for labels, same in zip(found, expected, strict=True):
+        assert torch.equal(labels.positive, same.positive) and torch.equal(labels.counts, same.counts)
+
+
+def test_too_many_images_without_overlaps_fail(supervised):
+    def damaged(entries):
+        for name in sorted(entries)[:3]:
+            entries[name]["R"] = np.zeros((3, 3)).tolist()
+        entries.pop("0023.jpg")
+
+    complaint = rf"4 of 24 images have no overlaps, more than train\.max_bad_fraction=0\.1: 3 {SINGULAR}, 1 camera miss"
+    for _ in range(2):  # the second time the overlaps are there
+        with pytest.raises(ConfigError, match=complaint):
+            supervised(damaged)
 
 
 # Parts

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("params", pa.list_(pa.float64())),  # its parameters in COLMAP's order; null: pinhole
     ]
 )
+MATRICES = {"K": (3, 3), "cam_from_world": (4, 4)}
 ROW_GROUP = 1024  # rows: the least that a reader of a few names takes in
 
 
@@ -48,7 +49,8 @@ class KnownCamera:
     K: (3, 3) float64, or None. cam_from_world: (4, 4) float64, or None. width, height: pixels of the image that K is
     for; None: not recorded. model, params: COLMAP's camera model and its parameters if the image is distorted (K is
     then the pinhole of the same focal lengths and principal point), else None.
-    Raises `CamerasError`, naming the image, for what `vop.geometry.Camera` refuses and for a K that is no calibration.
+    Only the shapes of K and pose are checked here, so that one bad camera does not cost the others: `checked` does the
+    rest for every camera that comes out of a table. Both raise `CamerasError`, naming the image.
     """
 
     name: str
@@ -61,16 +63,22 @@ class KnownCamera:
     params: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        for field, shape in MATRICES.items():
+            if getattr(self, field) is not None:
+                value = np.asarray(getattr(self, field), np.float64)
+                if value.shape != shape:
+                    raise CamerasError(f"camera of {self.name!r}: {field} has shape {value.shape}; expected {shape}")
+                object.__setattr__(self, field, value)
+
+    def checked(self) -> "KnownCamera":
+        """The same. Raises `CamerasError` for what `vop.geometry.Camera` refuses, and a K that is no calibration."""
         K = np.eye(3) if self.K is None else self.K
         pose = np.eye(4) if self.cam_from_world is None else self.cam_from_world
         try:
-            pinhole = Camera(K, pose, *((self.width, self.height) if self.sized else (1, 1)))
-            _check_calibration(pinhole)
+            _check_calibration(Camera(K, pose, *((self.width, self.height) if self.sized else (1, 1))))
         except ValueError as error:
             raise CamerasError(f"camera of {self.name!r}: {error}") from error
-        for field in ("K", "cam_from_world"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, getattr(pinhole, field))
+        return self
 
     @property
     def sized(self) -> bool:
@@ -146,7 +154,10 @@ def _check_calibration(camera: Camera) -> None:
 
 
 class Cameras:
-    """A table of known cameras, one per image name; `table` has `SCHEMA`, sorted by name."""
+    """A table of known cameras, one per image name; `table` has `SCHEMA`, sorted by name.
+
+    A table may hold malformed cameras: `get`, `relative` and iteration raise `CamerasError` when they come to one.
+    """
 
     def __init__(self, table: pa.Table):
         self.table = table.combine_chunks()
@@ -161,10 +172,9 @@ class Cameras:
                     f"{first.name!r} has two cameras, of the worlds {first.world!r} and {second.world!r}: do scenes "
                     "with the same file names lie in folders of their own below the root of the images?"
                 )
-        matrices = ("K", "cam_from_world")
-        columns = {field: [getattr(row, field) for row in rows] for field in SCHEMA.names if field not in matrices} | {
+        columns = {field: [getattr(row, field) for row in rows] for field in SCHEMA.names if field not in MATRICES} | {
             field: [None if (value := getattr(row, field)) is None else value.ravel() for row in rows]
-            for field in matrices
+            for field in MATRICES
         }
         return cls(pa.table({field: pa.array(columns[field], SCHEMA.field(field).type) for field in SCHEMA.names}))
 
@@ -181,6 +191,16 @@ class Cameras:
     def names(self) -> list[str]:
         """Names, sorted."""
         return self.table["name"].to_pylist()
+
+    def check(self) -> None:
+        """Raise `CamerasError` at the first camera that is malformed."""
+        for _ in self:
+            pass
+
+    @property
+    def worlds(self) -> dict[str, str]:
+        """The world of every image, by name."""
+        return dict(zip(self.names, self.table["world"].to_pylist(), strict=True))
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -232,8 +252,8 @@ def _may_hold(group: pq.RowGroupMetaData, wanted: list[str]) -> bool:
 
 
 def _known(row: dict) -> KnownCamera:
-    for field, shape in (("K", (3, 3)), ("cam_from_world", (4, 4))):
+    for field, shape in MATRICES.items():
         if row[field] is not None:
             row[field] = np.array(row[field]).reshape(shape)
     row["params"] = None if row["params"] is None else tuple(row["params"])
-    return KnownCamera(**row)
+    return KnownCamera(**row).checked()

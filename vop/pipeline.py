@@ -100,8 +100,8 @@ def relative_pose(config: Config) -> Run:
 def train(config: Config) -> Run:
     """Train the encoder on a collection whose overlaps are known, or on views of its images."""
     training.check(config)
+    training.check_same(config)  # before the record of the run that is there would be replaced
     with run.start(config, "train") as job, cluster.connect(config.cluster):
-        training.check_same(config)
         benchmark = open_benchmark(config)
         chosen = split(benchmark.sets, config.train)
         truth, places, chosen = training.supervised(config, job, benchmark, chosen)

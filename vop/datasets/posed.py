@@ -129,7 +129,8 @@ def read_cameras(path: str, world: str = "", required: Collection[str] = ()) -> 
     """The entries of a `cameras.json`, in its order, all of one world; no image is looked at.
 
     Unless `required`, K may be absent (intrinsics unknown) or R and t (pose unknown); width and height always may.
-    Raises ValueError where the file is not JSON or an entry is malformed.
+    Raises ValueError where the file is not JSON or an entry lacks something or is of another shape; that a pose is one
+    is not checked (`KnownCamera.checked`).
     """
     try:
         entries = files.read_json(path)
@@ -254,6 +255,7 @@ def _folder(root: str, name: str) -> str:
 
 
 def _posed(root: str, known: KnownCamera) -> Camera:
+    known = known.checked()
     size = (known.width, known.height) if known.sized else _upright_size(root, known.name)
     return Camera(known.K, known.cam_from_world, *size)
 

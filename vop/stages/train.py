@@ -56,10 +56,11 @@ class Share:
 
 
 class Board:
-    """Rows of the history, from the first worker to the driver."""
+    """What workers tell the driver: rows of the history, and losses that are not numbers."""
 
     def __init__(self):
         self.rows: list[dict] = []
+        self.errors: list[LossError] = []
 
     def add(self, row: dict) -> None:
         """Write a row."""
@@ -70,12 +71,20 @@ class Board:
         taken, self.rows = self.rows, []
         return taken
 
+    def fail(self, error: LossError) -> None:
+        """Tell why a worker ended."""
+        self.errors.append(error)
+
+    def failed(self) -> LossError | None:
+        """Why the worker that ended first did, if any did."""
+        return self.errors[0] if self.errors else None
+
 
 def fit(place: Place, told: Callable[[dict], None]) -> None:
     """Train on Ray Train's workers until all epochs are done; `told` is given each row of the history as it comes.
 
     A worker that dies is started again, at most `max_failures` times, and goes on from the last checkpoint. Raises what
-    a worker raised.
+    a worker raised; `LossError` at once, since it would come again.
     """
     config, train_config = place.config, place.config.train
     gpu = cluster.gpu_share(train_config.gpus_per_worker)
@@ -104,6 +113,7 @@ def fit(place: Place, told: Callable[[dict], None]) -> None:
     files.remove(records)
     if isinstance(error, WorkerGroupError):
         raise _reason(error) from None
+    error = error or ray.get(board.failed.remote(), timeout=60)
     if error is not None:
         raise error
 
@@ -144,9 +154,7 @@ def _awaited(ended: queue.Queue, board, told: Callable[[dict], None], patience_s
 def _reason(error: WorkerGroupError) -> Exception:
     """What the first worker that failed raised."""
     failures = list(error.worker_failures.values())
-    cause = next(
-        (failure for failure in failures if isinstance(failure, (LossError, ValueError, OSError))), failures[0]
-    )
+    cause = next((failure for failure in failures if isinstance(failure, (ValueError, OSError))), failures[0])
     return getattr(cause, "cause", None) or cause
 
 
@@ -158,19 +166,19 @@ def _work(given: dict) -> None:
     torch.set_num_threads(share.threads)
     device = ray.train.torch.get_device()
     learner = place.learner(device, partial(ray.train.torch.prepare_model, move_to_device=False), rank)
-    train(
-        learner,
-        place.config.train,
-        Work(
-            folder=place.folder,
-            steps=partial(place.steps, workers),
-            batches=partial(_batches, place, rank, workers),
-            validate=place.validation() if rank == 0 else None,
-            told=share.board.add.remote,
-            together=lambda: ray.train.report({}),
-            workers=workers,
-        ),
+    work = Work(
+        folder=place.folder,
+        steps=partial(place.steps, workers),
+        batches=partial(_batches, place, rank, workers),
+        validate=place.validation() if rank == 0 else None,
+        told=share.board.add.remote,
+        together=lambda: ray.train.report({}),
+        workers=workers,
     )
+    try:
+        train(learner, place.config.train, work)
+    except LossError as error:  # to the driver; a worker that raises is started again, and would fail again
+        ray.get(share.board.fail.remote(error))
 
 
 def _batches(place: Place, rank: int, workers: int, epoch: int, first: int) -> Iterator[Batch]:

@@ -26,12 +26,16 @@ LISTED, QUERIES, RESULTS = "listed.parquet", "queries.parquet", "results.parquet
 
 
 def check_cameras(benchmark: Benchmark) -> None:
-    """Raise `ConfigError` where no camera is known: without intrinsics matches give no relative pose."""
+    """Raise `ConfigError` where no camera is known: without intrinsics matches give no relative pose.
+
+    Raises `CamerasError` for one that is malformed: a file that was misread would count against what is judged.
+    """
     if benchmark.cameras is None:
         raise ConfigError(
             "relative-pose needs cameras=FILE or FOLDER: a cameras.json with K and perhaps R and t for each image "
             "name, or a COLMAP model; see docs/datasets.md" + (f". {benchmark.withheld}" if benchmark.withheld else "")
         )
+    benchmark.cameras.check()
 
 
 def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Table:

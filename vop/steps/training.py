@@ -132,7 +132,8 @@ def _overlaps(config: Config, job: Run, benchmark: Benchmark, chosen: Split) -> 
         truth, reasons = plan.depth_overlaps(chosen.names, benchmark.cameras, depths)
         write_overlap(path, truth)
         files.write_json(told, reasons)
-    job.counts["images_without_overlap"] = files.read_json(told)
+    reasons = job.counts["images_without_overlap"] = files.read_json(told)
+    _check_left_out(config, Counter(reasons), len(chosen.names), "images have no overlaps")
     return OverlapTruth(*read_overlap(path))
 
 
@@ -145,7 +146,7 @@ def labelled(
     Raises `ConfigError` if too many pairs have none, or an epoch has no pairs.
     """
     train, per_epoch = config.train, plan.parts_per_epoch(chosen, config.train)
-    worlds = None if benchmark.cameras is None else {camera.name: camera.world for camera in benchmark.cameras}
+    worlds = None if benchmark.cameras is None else benchmark.cameras.worlds
     epochs = range(VALIDATION, train.epochs)
     parts = _label_parts(config, places, chosen)
     with job.step("plan"):
@@ -253,18 +254,23 @@ def _search(chosen: Split, truth: OverlapTruth | None, most: int) -> tuple[tuple
     return tuple(found)
 
 
-def _check_labels(config: Config, counts: list[int], reasons: Counter) -> None:
-    bad, total = sum(reasons.values()), sum(counts) + sum(reasons.values())
+def _check_left_out(config: Config, reasons: Counter, total: int, what: str) -> str:
+    """Raise `ConfigError` if too many of `total` are left out; returns the reasons, for people."""
     shown = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-    if bad > config.train.max_bad_fraction * total:
-        raise ConfigError(f"{bad} of {total} pairs have no labels, more than train.max_bad_fraction="
+    if reasons.total() > config.train.max_bad_fraction * total:
+        raise ConfigError(f"{reasons.total()} of {total} {what}, more than train.max_bad_fraction="
                           f"{config.train.max_bad_fraction:g}: {shown}")  # fmt: skip
+    return shown
+
+
+def _check_labels(config: Config, counts: list[int], reasons: Counter) -> None:
+    shown = _check_left_out(config, reasons, sum(counts) + reasons.total(), "pairs have no labels")
     if config.train.validation and not counts[0]:
         raise ConfigError(f"train.validation={config.train.validation} leaves no pairs to validate on: "
                           "its images do not overlap")  # fmt: skip
     if not min(counts[1:]):
         raise ConfigError(
-            f"there are no pairs to train on{': ' + shown if bad else ''}: no two images overlap by "
+            f"there are no pairs to train on{': ' + shown if shown else ''}: no two images overlap by "
             f"{config.train.min_overlap:g} to {config.train.max_overlap:g} (train.min_overlap, train.max_overlap)"
         )
 

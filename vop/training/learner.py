@@ -17,7 +17,7 @@ LOSSES = ("loss", "positive_loss", "negative_loss")
 
 
 class LossError(RuntimeError):
-    """A loss that is not a number."""
+    """A loss that is not a number, or has gradients that are none."""
 
 
 class Learner:
@@ -54,7 +54,8 @@ class Learner:
         """Learn from this worker's share of a batch; returns its losses.
 
         The share is computed in `accumulate` parts. What is dropped out follows from the seed, the number of the step
-        and the rank. Raises `LossError` for a loss that is not finite; nothing is learned from such a batch.
+        and the rank. Raises `LossError` for a loss or gradients that are not finite, on every worker although the
+        share of one of them is to blame; nothing is learned from such a batch.
         """
         torch.manual_seed(_mixed(self.config.seed, self.step_number, self.rank))
         self.model.train()
@@ -71,8 +72,10 @@ class Learner:
                 share = len(part) / len(batch)
                 (found["loss"] * share).backward()
             losses += share * torch.stack([found[name].detach() for name in LOSSES])
-        if not torch.isfinite(losses).all():
-            raise LossError(f"the loss of step {self.step_number} is {losses[0].item()}")
+        # The gradients of a loss that is not finite are not finite either, and averaged they are the same everywhere:
+        # only they let all workers stop at the same step.
+        if not torch.stack([parameter.grad.isfinite().all() for parameter in self.encoder.parameters()]).all():
+            raise LossError(f"step {self.step_number} has gradients that are not finite, and the loss {losses[0]:g}")
         self.optimizer.step()
         self.step_number += 1
         return dict(zip(LOSSES, losses.tolist(), strict=True))

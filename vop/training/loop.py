@@ -43,8 +43,8 @@ class Work:
 def train(learner: Learner, config: TrainConfig, work: Work) -> Progress:
     """Train until `config.epochs` are done, from the latest checkpoint in the folder on.
 
-    The first worker (rank 0) writes checkpoints, the history and the best weights. Raises `LossError` for a loss that
-    is not a number, after the batch was saved as `nan-batch.safetensors`.
+    The first worker (rank 0) writes checkpoints, the history and the best weights. Raises `LossError`, on all workers,
+    for a loss that is not a number, after each saved its share of the batch as `nan-batch-RANK.safetensors`.
     """
     found, first = checkpoint.latest(files.join(work.folder, "checkpoints")), learner.rank == 0
     progress = Progress()
@@ -86,14 +86,15 @@ def _learned(learner: Learner, batch: Batch, epoch: int, folder: str) -> dict[st
     try:
         return learner.step(batch, epoch)
     except LossError as error:
-        path = files.join(folder, "nan-batch.safetensors")
+        path = files.join(folder, f"nan-batch-{learner.rank}.safetensors")
         names = ("inputs0", "inputs1", "sizes0", "sizes1", "positive", "negative")
         tensors = {name: getattr(batch, name).cpu().clone() for name in names}  # clone: files hold no shared memory
         tensors |= {f"state.{name}": value for name, value in learner.state().items()}
         files.write_bytes(path, save(tensors))
         raise LossError(
             f"{error}: the learning rate (train.learning_rate={learner.config.learning_rate:g}) is too high, or the "
-            f"tokens hold numbers that are not finite. The batch and the weights are in {path}; the checkpoints stay"
+            f"tokens of a worker hold numbers that are not finite. The weights and what this worker was given are in "
+            f"{path}, what others were given likewise; the checkpoints stay"
         ) from error
 
 

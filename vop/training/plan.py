@@ -14,7 +14,7 @@ from vop.datasets.posed import OverlapTruth
 from vop.geometry import Camera, overlap_matrix
 from vop.schema import ConfigError, TrainConfig
 from vop.training.sampling import VALIDATION, epoch_pairs, view_pairs
-from vop.training.supervision import LabelError, read_depth
+from vop.training.supervision import LabelError, posed_camera, read_depth
 
 PART = 1024  # pairs of a part of labels, at most: the unit of work, and of what a kill can cost
 
@@ -91,9 +91,7 @@ def depth_overlaps(names: Sequence[str], cameras: Cameras, depths: Mapping[str, 
     reasons: dict[str, int] = {}
     for name in names:
         try:
-            known = cameras.get(name)
-            if known is None or known.K is None or known.cam_from_world is None:
-                raise LabelError("camera missing")
+            known = posed_camera(cameras, name)
             height, width = read_depth(depths[name]).shape
             if known.sized and (known.width, known.height) != (width, height):
                 raise LabelError("depth map of another size than its image")

@@ -88,9 +88,7 @@ class DepthSupervision:
         names, given = [image_of(pair[side]) for side in ("view0", "view1")], []
         mirrored = flipped(pair["view0"])
         for side, name in enumerate(names):
-            camera = cameras.get(name)
-            if camera is None or camera.K is None or camera.cam_from_world is None:
-                raise LabelError("camera missing")
+            camera = posed_camera(cameras, name)
             if camera.model is not None:
                 raise LabelError("image is distorted: undistort it first")
             stored = pair[f"width{side}"], pair[f"height{side}"]
@@ -118,6 +116,17 @@ class DepthSupervision:
         letterboxed = np.zeros((self.size, self.size), np.float32)
         letterboxed[: scaled[1], : scaled[0]] = depth[np.ix_(rows, columns[::-1] if mirrored else columns)]
         return torch.from_numpy(letterboxed)
+
+
+def posed_camera(cameras: Cameras, name: str) -> KnownCamera:
+    """The camera of an image, with K and pose. Raises `LabelError` where there is none."""
+    try:
+        camera = cameras.get(name)
+    except CamerasError as error:
+        raise LabelError("pose is not a rotation or K not a calibration") from error
+    if camera is None or camera.K is None or camera.cam_from_world is None:
+        raise LabelError("camera missing")
+    return camera
 
 
 def read_depth(path: str) -> np.ndarray:
