@@ -15,14 +15,16 @@ Compared, for every backbone, at the same width E and the same bytes a patch:
     matched whitening   `train.start=matches` without any training step
     encoder             `vop train` from there, one for each seed; mean and deviation over the seeds
 
-Scores: *patches*, of the patches with a match in the other image (labels from depth, held-out pairs) the share whose
-most similar patch there is that match or one of the eight beside it. *recall@k* of overlap voting with idf among NARROW
-views: every frame is cut into four, as if taken with twice the focal length (whole frames are found by anything: recall
-of 0.9 and more for every line of the table, a query of the office being worth 0.02). Of a held-out piece every narrow
-view is searched among all of the piece but those of the same frame and of the five before and after it, for true
-overlaps of at least 10, 30 and 50%; the mean over all queries that have any such. The radius of each is the one that is
-best on every fourth narrow view of the training pieces, among `RADII`, by the mean of all these recalls; that of the
-first seed serves all encoders.
+Beside every frame lie four NARROW views: the frame cut into four, with its depth, as if taken with twice the focal
+length. They train too, so that a thing is seen at two scales; and they are what is searched, since whole frames of such
+a piece are found by anything (recall of 0.9 and more for every line of the table, one query of the office worth 0.02).
+
+Scores: *patches*, of the patches with a match in the other image (labels from depth, held-out pairs of frames and
+narrow views) the share whose most similar patch there is that match or one of the eight beside it. *recall@k* (overlap
+/ k) of overlap voting with idf: every narrow view of a held-out piece is searched among those of its piece, but for the
+same frame and the five before and after it, for true overlaps of at least 10, 30 and 50%; the mean over all queries
+that have any such. The radius of each is the one that is best on every fourth narrow view of the training pieces, among
+`RADII`, by the mean of all these recalls; that of the first seed serves all encoders.
 
 With `--poses` the lists of the held-out half of the office (whole frames, likewise without the neighbours) and of the
 façades of Strecha, `strecha/` in the data, which no training saw, are judged by relative pose: AUC of the first, and of
@@ -51,17 +53,8 @@ from safetensors.torch import load_file
 
 from vop import config as configuration
 from vop import files, metrics
-from vop.datasets.posed import (
-    CAMERAS,
-    OVERLAP,
-    OverlapTruth,
-    PosedFolder,
-    depth_name,
-    encode_depth,
-    read_overlap,
-    write_cameras,
-    write_overlap,
-)
+from vop.datasets.posed import CAMERAS, PosedFolder, depth_name, encode_depth, read_overlap, write_cameras
+from vop.geometry import Camera
 from vop.image import patch_mask
 from vop.models.encoder import load_encoder
 from vop.models.whitening import Whitening, fit_whitening
@@ -85,29 +78,46 @@ GAP = 5
 KS, OVERLAPS, POSED = (1, 5, 10), (0.1, 0.3, 0.5), (1, 5)
 RADII, EVERY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), 4
 RECIPE = ["train.start=matches", "train.learning_rate=0.001", "train.dropout=0"]
-NUMBER = re.compile(r"\d+")
+NUMBER, NARROW = re.compile(r"\d+"), re.compile(r"-[0-3]\.png$")
 Describe = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens (n, P, D), sizes (n, 2) -> (n, P, E)
 
 
 def scenes(data: Path, work: Path) -> Path:
-    """The two sets as a tree of scenes and pieces, in links, and the list of the held-out ones."""
-    root = work / "scenes"
+    """The two sets as a tree of scenes and pieces, with the narrow views, and the list of the held-out pieces."""
+    root, pieces = work / "scenes", {}
     for name in ("kitchen", "office"):
-        source = data / f"rgbd_{name}"
-        cameras = json.loads((source / CAMERAS).read_text())
-        for rank, image in enumerate(sorted(cameras)):
+        posed = PosedFolder.open(data / f"rgbd_{name}")
+        for rank, image in enumerate(sorted(posed.names)):
             number = int(NUMBER.findall(image)[-1])
-            piece = number // SPAN if name == "kitchen" else 2 * rank // len(cameras)
-            folder = root / name / str(piece)
-            folder.mkdir(parents=True, exist_ok=True)
+            piece = number // SPAN if name == "kitchen" else 2 * rank // len(posed.names)
+            pieces.setdefault(f"{name}/{piece}", []).append((posed, image))
+    for piece, frames in pieces.items():
+        folder, cameras = root / piece, {}
+        if (folder / CAMERAS).exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for posed, image in frames:
             for file in (image, depth_name(image)):
-                if not (folder / file).exists():
-                    (folder / file).symlink_to((source / file).resolve())
-            known = json.loads((folder / CAMERAS).read_text()) if (folder / CAMERAS).exists() else {}
-            if image not in known:
-                files.write_json(folder / CAMERAS, known | {image: cameras[image]})
+                (folder / file).unlink(missing_ok=True)
+                (folder / file).symlink_to(Path(posed.root, file))
+            cameras |= {image: posed.camera(image)} | narrow(posed, image, folder)
+        write_cameras(folder, cameras)
     files.write_bytes(work / "held-out.txt", "".join(f"{piece}\n" for piece in HELD_OUT).encode())
     return root
+
+
+def narrow(posed: PosedFolder, image: str, folder: Path) -> dict[str, Camera]:
+    """Cut a frame and its depth into four, as if taken with twice the focal length; returns the cameras."""
+    camera, rgb, depth = posed.camera(image), posed.image(image), posed.depth(image)
+    width, height, cameras = camera.width // 2, camera.height // 2, {}
+    for number in range(4):
+        x, y = number % 2 * width, number // 2 * height
+        name, window = f"{Path(image).stem}-{number}.png", np.s_[y : y + height, x : x + width]
+        cv2.imwrite(str(folder / name), cv2.cvtColor(rgb[window], cv2.COLOR_RGB2BGR))
+        (folder / depth_name(name)).write_bytes(encode_depth(depth[window]))
+        K = camera.K - np.array([[0, 0, x], [0, 0, y], [0, 0, 0]])
+        cameras[name] = replace(camera, K=K, width=width, height=height)
+    return cameras
 
 
 def run(command: str, settings: list[str]) -> dict:
@@ -166,48 +176,19 @@ def apart(frames: np.ndarray) -> np.ndarray:
     return np.abs(frames[:, None] - frames) > GAP
 
 
-def narrow(root: Path, work: Path) -> Path:
-    """Every frame of every piece cut into four, as taken with twice the focal length: with depth, cameras, overlaps."""
-    cut = work / "narrow"
-    for folder in sorted(path.parent for path in root.glob(f"*/*/{CAMERAS}")):
-        target = cut / folder.relative_to(root)
-        if (target / OVERLAP).exists():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        posed, cameras = PosedFolder.open(folder), {}
-        for name in sorted(posed.names):
-            camera, rgb, depth = posed.camera(name), posed.image(name), posed.depth(name)
-            width, height = camera.width // 2, camera.height // 2
-            for number in range(4):
-                x, y = number % 2 * width, number // 2 * height
-                part, window = f"{Path(name).stem}-{number}.png", np.s_[y : y + height, x : x + width]
-                cv2.imwrite(str(target / part), cv2.cvtColor(rgb[window], cv2.COLOR_RGB2BGR))
-                (target / depth_name(part)).write_bytes(encode_depth(depth[window]))
-                K = camera.K - np.array([[0, 0, x], [0, 0, y], [0, 0, 0]])
-                cameras[part] = replace(camera, K=K, width=width, height=height)
-        write_cameras(target, cameras)
-        truth = PosedFolder.open(target)
-        write_overlap(target / OVERLAP, OverlapTruth(truth.names, truth.overlap_matrix()))
-    return cut
-
-
-def tokens_of(images: Path, label: str, name: str, settings: list[str], work: Path) -> TokenReader:
-    """The tokens of a folder of images."""
-    store = work / name / label
-    run("embed", [f"images={images}", *settings, "embedding.whiten=null", "embedding.tokens=true", f"store={store}",
-                  f"output={work / name / label}-run"])  # fmt: skip
-    return TokenReader(str(store), str(work / "cache"))
-
-
-def narrow_pools(cut: Path, reader: TokenReader, held_out: bool) -> list[tuple[Pool, np.ndarray]]:
+def narrow_pools(one: Trained, reader: TokenReader, held_out: bool) -> list[tuple[Pool, np.ndarray]]:
     """The narrow views of the training pieces or of the held-out ones, and their overlaps (n, n)."""
+    names, overlap = read_overlap(next(one.first.glob("overlap-*.parquet")))
+    pieces: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if NARROW.search(name):
+            pieces.setdefault(name.rpartition("/")[0], []).append(row)
     found = []
-    for file in sorted(cut.glob(f"*/*/{OVERLAP}")):
-        piece = file.parent.relative_to(cut).as_posix()
+    for piece, rows in sorted(pieces.items()):
         if (piece in HELD_OUT) == held_out:
-            names, overlap = read_overlap(file)
-            pool = Pool.read(reader, [f"{piece}/{name}" for name in names], apart(np.arange(len(names)) // 4))
-            found.append((pool, overlap))
+            rows.sort(key=lambda row: names[row])
+            pool = Pool.read(reader, [names[row] for row in rows], apart(np.arange(len(rows)) // 4))
+            found.append((pool, overlap[np.ix_(rows, rows)]))
     return found
 
 
@@ -263,11 +244,11 @@ def precision(describe: Describe, reader: TokenReader, labels) -> float:
     return right / asked
 
 
-def variants(one: Trained, frames: TokenReader) -> dict[str, list[Describe]]:
+def variants(one: Trained, reader: TokenReader) -> dict[str, list[Describe]]:
     """What is compared at one width: several functions where there are several seeds."""
     truth = next(one.first.glob("overlap-*.parquet"))
     names = [name for name in read_overlap(truth)[0] if name.rpartition("/")[0] not in HELD_OUT]
-    tokens, sizes = frames.read(names)
+    tokens, sizes = reader.read(names)
     sample = np.concatenate([
         image[patch_mask(*map(int, box), 224)] for image, box in zip(tokens, sizes, strict=True)
     ]).astype(np.float32)  # fmt: skip
@@ -283,10 +264,10 @@ def variants(one: Trained, frames: TokenReader) -> dict[str, list[Describe]]:
     }
 
 
-def all_poses(label: str, images: Path, names: list[str], allowed: np.ndarray, work: Path) -> pa.Table:
+def all_poses(label: str, images: Path, pool: Pool, work: Path) -> pa.Table:
     """The poses of all pairs of a pool that are allowed."""
-    listed = work / f"pairs-{label}.txt"
-    rows = zip(*np.nonzero(np.triu(allowed, 1)), strict=True)
+    listed, names = work / f"pairs-{label}.txt", pool.names
+    rows = zip(*np.nonzero(np.triu(pool.allowed, 1)), strict=True)
     files.write_bytes(listed, "".join(f"{names[row]} {names[column]}\n" for row, column in rows).encode())
     output = work / f"poses-{label}"
     run("relative-pose", [f"images={images}", f"cameras={images}", f"pair_list={listed}", f"output={output}",
@@ -329,7 +310,7 @@ def told(score: list[float]) -> str:
 class Judge:
     """What all variants of one backbone are judged on."""
 
-    frames: TokenReader
+    reader: TokenReader
     training: list[tuple[Pool, np.ndarray]]
     held_out: list[tuple[Pool, np.ndarray]]
     labels: pa.Table
@@ -337,7 +318,7 @@ class Judge:
 
     def scores(self, describe: Describe, radius: float) -> dict[str, float]:
         """All scores of a variant."""
-        scored = {"radius": radius, "patches": precision(describe, self.frames, self.labels)}
+        scored = {"radius": radius, "patches": precision(describe, self.reader, self.labels)}
         scored |= recalls(describe, self.held_out, radius)
         for label, (pool, poses) in self.posed.items():
             scored |= {f"{label} {key}": value for key, value in posed(describe, pool, radius, poses).items()}
@@ -373,41 +354,40 @@ def main() -> None:
     parser.add_argument("--poses", action="store_true", help="judge the lists by relative pose too")
     options = parser.parse_args()
     work, data = options.work.resolve(), options.data.resolve()
-    root = scenes(data, work)
-    cut, record = narrow(root, work), {}
+    root, record = scenes(data, work), {}
     for name in options.backbones:
         backbone, depth = BACKBONES[name]
         settings = backbone + ([f"weights={options.weights}"] if name != "xfeat" and options.weights else [])
         trainings = [trained(root, work, name, settings, width or depth, options) for width in options.widths]
-        reader = tokens_of(cut, "narrow", name, settings, work)
-        frames = TokenReader(str(work / name / "tokens"), str(work / "cache"))
-        (labels,) = Parts.all_of(str(work / "labels" / "seed-0"), "labels")
+        reader = TokenReader(str(work / name / "tokens"), str(work / "cache"))
+        (labels,) = Parts.all_of(str(work / "labels" / f"seed-{options.seeds[0]}"), "labels")
         judge = Judge(
-            frames,
-            narrow_pools(cut, reader, held_out=False),
-            narrow_pools(cut, reader, held_out=True),
+            reader,
+            narrow_pools(trainings[0], reader, held_out=False),
+            narrow_pools(trainings[0], reader, held_out=True),
             labels.read_one(0).replace_schema_metadata(None),
-            pools_with_poses(root, data, frames, name, settings, work) if options.poses else {},
+            pools_with_poses(root, data, reader, name, settings, work) if options.poses else {},
         )
         for one in trainings:
             title = f"{name}, E = {one.width} ({2 * one.width} bytes a patch in float16)"
-            record[f"{name}/{one.width}"] = judge.table(title, variants(one, frames))
+            record[f"{name}/{one.width}"] = judge.table(title, variants(one, reader))
     print(json.dumps({"epochs": options.epochs, "seeds": options.seeds, **record}))
 
 
-def pools_with_poses(root: Path, data: Path, frames: TokenReader, name: str, settings: list[str], work: Path) -> dict:
+def pools_with_poses(root: Path, data: Path, reader: TokenReader, name: str, settings: list[str], work: Path) -> dict:
     """The pools whose lists are judged by relative pose, and the poses of all their pairs."""
-    office = sorted(f"office/1/{image}" for image in json.loads((root / "office/1" / CAMERAS).read_text()))
-    allowed = {"office": apart(np.arange(len(office)))}
-    facades = tokens_of(data / "strecha", "strecha", name, settings, work)
-    photographs = EmbeddingStore.open(facades.path).select().names
-    allowed["facades"] = ~np.eye(len(photographs), dtype=bool)
-    return {
-        label: (Pool.read(reader, names, allowed[label]), all_poses(label, images, names, allowed[label], work))
-        for label, reader, names, images in (
-            ("office", frames, office, root), ("facades", facades, photographs, data / "strecha")
-        )
+    office = sorted(f"office/1/{image}" for image in json.loads((root / "office/1" / CAMERAS).read_text())
+                    if not NARROW.search(image))  # fmt: skip
+    store, photographs = work / name / "strecha", data / "strecha"
+    run("embed", [f"images={photographs}", *settings, "embedding.whiten=null", "embedding.tokens=true",
+                  f"store={store}", f"output={store}-run"])  # fmt: skip
+    facades = EmbeddingStore.open(str(store)).select().names
+    pools = {
+        "office": (root, Pool.read(reader, office, apart(np.arange(len(office))))),
+        "facades": (photographs, Pool.read(TokenReader(str(store), str(work / "cache")), facades,
+                                           ~np.eye(len(facades), dtype=bool))),
     }  # fmt: skip
+    return {label: (pool, all_poses(label, images, pool, work)) for label, (images, pool) in pools.items()}
 
 
 if __name__ == "__main__":
