@@ -72,7 +72,7 @@ BACKBONES = {  # settings, and D
     "vits14": (["backbone=dinov2_vits14"], 384),
     "vits14-block8": (["backbone=dinov2_vits14", "block=8"], 384),
 }
-PIECES, SPAN = 6, 166  # of the kitchen, and frame numbers of each
+SPAN = 166  # frame numbers of a piece of the kitchen
 HELD_OUT = ("kitchen/3", "kitchen/4", "kitchen/5", "office/1")
 GAP = 5
 KS, OVERLAPS, POSED = (1, 5, 10), (0.1, 0.3, 0.5), (1, 5)
