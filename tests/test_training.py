@@ -183,7 +183,7 @@ def test_another_training_is_refused_where_one_ended(trained, rendered_collectio
     folder = Path(trained[0].output)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     other = asked(rendered_collection, folder, learning_rate=2e-3, epochs=3)
-    with pytest.raises(ConfigError, match=r"other settings:\n  learning_rate: the run has 0\.001, now 0\.002\n"):
+    with pytest.raises(ConfigError, match=r"other settings:\n  train\.learning_rate: the run has 0\.001, now 0\.002\n"):
         pipeline.train(other)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     training.check_same(asked(rendered_collection, folder, epochs=3, workers=2))  # more of the same is welcome

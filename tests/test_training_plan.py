@@ -13,11 +13,11 @@ from vop.cameras import Cameras, CamerasError, KnownCamera
 from vop.datasets.benchmark import open_benchmark
 from vop.datasets.folder import ImageFile
 from vop.datasets.image_sets import ImageSets
-from vop.datasets.posed import OverlapTruth, encode_depth
+from vop.datasets.posed import OverlapTruth, encode_depth, read_overlap, write_overlap
 from vop.geometry import Camera, symmetric_overlap
 from vop.run import Run
 from vop.schema import ConfigError, TrainConfig
-from vop.steps import training
+from vop.steps import labels as steps
 from vop.steps.poses import check_cameras
 from vop.training import plan
 from vop.training.plan import PART, Split, cut, depth_overlaps, pairs_of, parts_of, parts_per_epoch, split
@@ -205,7 +205,7 @@ def supervised(rendered_collection, tmp_path):
         (tmp_path / "cameras.json").write_text(json.dumps(entries))
         told = configuration.load(images=str(rendered_collection), cameras=str(tmp_path), output=str(tmp_path / "run"))
         job, benchmark = Run(told.output, "train"), open_benchmark(told)
-        truth, places, chosen = training.supervised(told, job, benchmark, split(benchmark.sets, told.train))
+        truth, places, chosen = steps.supervised(told, job, benchmark, split(benchmark.sets, told.train))
         pairs = pairs_of(0, chosen, truth, told.train, benchmark.cameras.worlds)
         return job.counts["images_without_overlap"], truth, pairs, benchmark, places["cameras"]
 
@@ -317,3 +317,23 @@ def test_the_validation_is_drawn_from_its_own_scenes():
     ]
     assert pairs_of(3, chosen, truth, config, None).equals(epoch_pairs(truth, chosen.training, config, 3))
     assert pairs_of(3, chosen, None, config, None).equals(view_pairs(chosen.training, config, 3))
+
+
+def test_images_that_the_given_overlaps_lack_are_counted(rendered_collection, tmp_path):
+    names, overlap = read_overlap(rendered_collection / "overlap.parquet")
+
+    def of(number):
+        kept = OverlapTruth(tuple(names[:number]), overlap[:number, :number])
+        write_overlap(tmp_path / "overlap.parquet", kept)
+        told = configuration.load(
+            images=str(rendered_collection), cameras=str(rendered_collection), output=str(tmp_path / "run"),
+            truth=str(tmp_path / "overlap.parquet"),
+        )  # fmt: skip
+        job, benchmark = Run(told.output, "train"), open_benchmark(told)
+        return job, steps.supervised(told, job, benchmark, split(benchmark.sets, told.train))[2]
+
+    job, chosen = of(22)
+    assert job.counts["images_without_overlap"] == {"not among the true overlaps": 2}
+    assert sorted(chosen.names) == sorted(names[:22])
+    with pytest.raises(ConfigError, match=r"3 of 24 images have no overlaps, .*: 3 not among the true overlaps"):
+        of(21)

@@ -13,7 +13,7 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, matches, poses, training
+from vop.steps import embeddings, exports, labels, matches, poses, training
 from vop.steps import pairs as ranking
 from vop.steps.report import known_overlaps, reported, reported_training
 from vop.store import EmbeddingStore
@@ -104,9 +104,9 @@ def train(config: Config) -> Run:
     with run.start(config, "train") as job, cluster.connect(config.cluster):
         benchmark = open_benchmark(config)
         chosen = split(benchmark.sets, config.train)
-        truth, places, chosen = training.supervised(config, job, benchmark, chosen)
+        truth, places, chosen = labels.supervised(config, job, benchmark, chosen)
         store, chosen = training.tokenised(config, job, benchmark.sets, chosen)
-        place = training.labelled(config, job, benchmark, store, chosen, truth, places)
+        place = training.placed(config, job, benchmark, store, chosen, truth, places)
         training.started(config, job, place)
         training.trained(config, job, place)
         reported_training(config, job)
