@@ -23,7 +23,7 @@ test: $(VENV)/installed
 # DATA holds rgbd_kitchen/ and rgbd_office/, each with cameras.json, images and name.depth.png.
 train: $(VENV)/installed
 	@test -d "$(DATA)" || { echo 'make train DATA=FOLDER: it must hold rgbd_kitchen/ and rgbd_office/'; exit 2; }
-	$(VENV)/bin/python benchmarks/training.py --data $(DATA) --work train --widths 128 --seeds 0 --epochs 8
+	$(VENV)/bin/python benchmarks/training.py --data $(DATA) --work train --widths 128 --seeds 0
 
 # ALIKED and DISK need torchvision, which brings the newest torch with CUDA (5 GB, runs on a CPU too): an environment of
 # their own, on the pins of constraints.txt but for torch.
