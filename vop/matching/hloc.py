@@ -20,7 +20,7 @@ import numpy as np
 
 from vop.features import LocalFeatures
 from vop.matches import NO_MATCHES, Matches
-from vop.matching.interface import Extractor, Matcher, strongest
+from vop.matching.interface import Extractor, Matcher, strongest, torch_device
 from vop.matching.packages import is_installed, version
 from vop.schema import ConfigError, MatchingConfig
 
@@ -181,11 +181,11 @@ class HlocMatcher(Matcher):
         return inputs
 
 
-def open_extractor(config: MatchingConfig, device: str) -> HlocExtractor:
+def open_extractor(config: MatchingConfig, device: str | None) -> HlocExtractor:
     """hloc's extractor with its weights, which hloc may download."""
-    return HlocExtractor(config, device)
+    return HlocExtractor(config, torch_device(device))
 
 
-def open_matcher(config: MatchingConfig, device: str) -> HlocMatcher:
+def open_matcher(config: MatchingConfig, device: str | None) -> HlocMatcher:
     """hloc's matcher with its weights, which hloc may download."""
-    return HlocMatcher(config, device)
+    return HlocMatcher(config, torch_device(device))

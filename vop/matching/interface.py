@@ -76,3 +76,10 @@ def seen(features: LocalFeatures) -> np.ndarray:
     """Keypoints (n, 2) float32 as the extractor saw them: pixels of the resized image, centres at 0."""
     scale = np.asarray(features.scaled, np.float64) / features.size
     return (features.keypoints.astype(np.float64) * scale - 0.5).astype(np.float32)
+
+
+def torch_device(device: str | None) -> str:
+    """The device that is asked for; None: a GPU if there is one. What needs no PyTorch does not pay for its import."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")

