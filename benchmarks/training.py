@@ -181,17 +181,17 @@ def apart(frames: np.ndarray) -> np.ndarray:
 
 def narrow_pools(one: Trained, reader: TokenReader, held_out: bool) -> list[tuple[Pool, np.ndarray]]:
     """The narrow views of the training pieces or of the held-out ones, and their overlaps (n, n)."""
-    names, overlap = read_overlap(next(one.first.glob("overlap-*.parquet")))
+    truth = read_overlap(next(one.first.glob("overlap-*.parquet")))
     pieces: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
+    for row, name in enumerate(truth.names):
         if NARROW.search(name):
             pieces.setdefault(name.rpartition("/")[0], []).append(row)
     found = []
     for piece, rows in sorted(pieces.items()):
         if (piece in HELD_OUT) == held_out:
-            rows.sort(key=lambda row: names[row])
-            pool = Pool.read(reader, [names[row] for row in rows], apart(np.arange(len(rows)) // 4))
-            found.append((pool, overlap[np.ix_(rows, rows)]))
+            rows.sort(key=lambda row: truth.names[row])
+            pool = Pool.read(reader, [truth.names[row] for row in rows], apart(np.arange(len(rows)) // 4))
+            found.append((pool, truth.matrix[rows][:, rows].toarray()))
     return found
 
 
@@ -250,7 +250,7 @@ def precision(describe: Describe, reader: TokenReader, labels) -> float:
 def variants(one: Trained, reader: TokenReader) -> dict[str, list[Describe]]:
     """What is compared at one width: several functions where there are several seeds."""
     truth = next(one.first.glob("overlap-*.parquet"))
-    names = [name for name in read_overlap(truth)[0] if name.rpartition("/")[0] not in HELD_OUT]
+    names = [name for name in read_overlap(truth).names if name.rpartition("/")[0] not in HELD_OUT]
     tokens, sizes = reader.read(names)
     sample = np.concatenate([
         image[patch_mask(*map(int, box), 224)] for image, box in zip(tokens, sizes, strict=True)
@@ -383,7 +383,7 @@ def pools_with_poses(root: Path, data: Path, reader: TokenReader, name: str, set
                     if not NARROW.search(image))  # fmt: skip
     store, photographs = work / name / "strecha", data / "strecha"
     run("embed", [f"images={photographs}", *settings, "embedding.whiten=null", "embedding.tokens=true",
-                  f"store={store}", f"output={store}-run"])  # fmt: skip
+                  "embedding.patches=false", f"store={store}", f"output={store}-run"])  # fmt: skip
     facades = EmbeddingStore.open(str(store)).select().names
     pools = {
         "office": (root, Pool.read(reader, office, apart(np.arange(len(office))))),

@@ -202,9 +202,9 @@ def test_sparse_overlaps_survive_their_file(tmp_path):
     trees.megadepth(tmp_path)
     truth = opened("megadepth", tmp_path).truth
     write_overlap(tmp_path / "overlap.parquet", truth)
-    names, matrix = read_overlap(tmp_path / "overlap.parquet")
-    assert names == truth.names
-    np.testing.assert_array_equal(matrix, truth.matrix.toarray())
+    read = read_overlap(tmp_path / "overlap.parquet")
+    assert read.names == truth.names
+    np.testing.assert_array_equal(read.matrix.toarray(), truth.matrix.toarray())
 
 
 WRITERS = {

@@ -233,9 +233,9 @@ def test_what_is_no_depth_map_is_refused(data):
 def test_overlap_file_round_trip(tmp_path):
     truth = OverlapTruth(("b.jpg", "a.jpg", "lonely.jpg"), np.array([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]], np.float32))
     write_overlap(tmp_path / "overlap.parquet", truth)
-    names, matrix = read_overlap(tmp_path / "overlap.parquet")
-    assert names == truth.names
-    np.testing.assert_array_equal(matrix, truth.matrix)
+    read = read_overlap(tmp_path / "overlap.parquet")
+    assert read.names == truth.names
+    np.testing.assert_array_equal(read.matrix.toarray(), truth.matrix)
     table = pq.read_table(tmp_path / "overlap.parquet")
     assert table.column_names == ["query", "database", "overlap"]
     assert table.num_rows == 2
@@ -246,9 +246,11 @@ def test_overlap_file_round_trip(tmp_path):
 def test_overlap_files_of_other_origin(tmp_path):
     path = tmp_path / "overlap.parquet"
     pq.write_table(pa.table({"query": ["b"], "database": ["a"], "overlap": [0.25]}), path)
-    names, matrix = read_overlap(path)
-    assert names == ("a", "b")
-    assert matrix.tolist() == [[1.0, 0.0], [0.25, 1.0]]
+    read = read_overlap(path)
+    assert read.names == ("a", "b")
+    assert read.matrix.toarray().tolist() == [[1.0, 0.0], [0.25, 1.0]]
+    pq.write_table(pa.table({"query": ["b", "b"], "database": ["a", "a"], "overlap": [0.25, 0.5]}), path)
+    assert read_overlap(path).matrix[[1], [0]] == 0.25  # the first of several
     pq.write_table(pa.table({"query": ["b"], "database": ["a"]}), path)
     with pytest.raises(ValueError, match="overlap"):
         read_overlap(path)

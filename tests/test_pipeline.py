@@ -36,12 +36,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 def photos(rendered_collection, tmp_path_factory):
     """The rendered photographs as two scenes, `one/` and `two/`, and the overlaps under the new names."""
     root = tmp_path_factory.mktemp("photos")
-    names, overlap = read_overlap(rendered_collection / "overlap.parquet")
-    renamed = [f"{'one' if i < 13 else 'two'}/{name}" for i, name in enumerate(names)]
-    for old, new in zip(names, renamed, strict=True):
+    truth = read_overlap(rendered_collection / "overlap.parquet")
+    renamed = [f"{'one' if i < 13 else 'two'}/{name}" for i, name in enumerate(truth.names)]
+    for old, new in zip(truth.names, renamed, strict=True):
         (root / new).parent.mkdir(exist_ok=True)
         shutil.copy2(rendered_collection / old, root / new)
-    write_overlap(root / "overlap.parquet", OverlapTruth(tuple(renamed), overlap))
+    write_overlap(root / "overlap.parquet", OverlapTruth(tuple(renamed), truth.matrix))
     return root
 
 
@@ -215,7 +215,8 @@ def test_pairs_txt_is_read_by_hloc(registered):
 def test_metrics_are_those_of_the_pairs(registered, photos):
     output = Path(registered[0].output)
     scores = json.loads((output / "metrics.json").read_text())
-    names, overlap = read_overlap(photos / "overlap.parquet")
+    truth = read_overlap(photos / "overlap.parquet")
+    names, overlap = truth.names, truth.matrix.toarray()
     read = hloc_pairs((output / "pairs.txt").read_text())
     place = {name: row for row, name in enumerate(names)}
     judged = [n for n in names if sum(overlap[place[n]] >= 0.3) > 1]  # each image overlaps itself

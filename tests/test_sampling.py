@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sparse
 
+from vop.datasets.layout import symmetric
 from vop.datasets.posed import OverlapTruth
 from vop.schema import TrainConfig
 from vop.training.batches import share_of, steps_of
@@ -92,6 +93,27 @@ def test_negatives_are_of_one_world(truth):
     assert all(worlds[image_of(view0)] == worlds[image_of(view1)] for view0, view1, _ in negatives)
     mixed = [row for row in drawn(epoch_pairs(truth, SCENES, CONFIG, 0)) if row[2] == 0]
     assert any(worlds[image_of(view0)] != worlds[image_of(view1)] for view0, view1, _ in mixed)
+
+
+def test_negatives_are_all_that_share_nothing_where_all_are_asked_for(truth):
+    worlds = {name: str(int(name[2:4]) % 3) for name in NAMES}
+    everything = replace(CONFIG, negatives_per_scene=10**4)
+    rows = [row for row in drawn(epoch_pairs(truth, {"a": SCENES["a"]}, everything, 0, worlds)) if row[2] == 0]
+    index = {name: row for row, name in enumerate(truth.names)}
+    expected = {frozenset((a, b)) for a in SCENES["a"] for b in SCENES["a"]
+                if a < b and worlds[a] == worlds[b] and not truth.matrix[index[a], index[b]]}  # fmt: skip
+    assert len(rows) == len(expected) > 30 and {ends(row) for row in rows} == expected
+
+
+def test_a_scene_of_60000_images_needs_no_square_of_them():
+    """A square of float32 would take 14 GB."""
+    rows = np.arange(60_000 - 1)
+    names = tuple(f"{number:05d}.jpg" for number in range(60_000))
+    truth = OverlapTruth(names, symmetric(60_000, rows, rows + 1, np.full(60_000 - 1, 0.5)))
+    pairs = drawn(epoch_pairs(truth, {"": names}, CONFIG, 0))
+    apart = [abs(int(image_of(a)[:5]) - int(image_of(b)[:5])) for a, b, _ in pairs]
+    assert [overlap > 0 for _, _, overlap in pairs] == [each == 1 for each in apart] and len(pairs) == 60 + 40
+    assert np.median([each for each in apart if each > 1]) > 10_000  # from everywhere
 
 
 def test_a_scene_without_negatives_takes_them_of_others():

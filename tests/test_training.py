@@ -94,6 +94,7 @@ def test_a_training_ends_with_an_encoder_that_register_takes(trained, rendered_c
     job, place = trained
     encoder = load_encoder(job.counts["encoder"])
     assert (encoder.input_dim, encoder.descriptor_dim) == (256, 32)
+    assert place.store.manifest["width"] == 0, "training stores no patches"
     assert encoder.trained_with["backbone"] == place.store.manifest["features"]["backbone"]
     assert job.counts["steps"] == sum(place.steps(1, epoch) for epoch in range(2))
     assert 0 < job.metrics["precision"] <= 1 and "recall@1" in job.metrics

@@ -31,6 +31,7 @@ def embed(config: Config) -> Run:
 
 def register(config: Config) -> Run:
     """Pair every image of a collection, or of a store that has no images at hand, with those that see the same."""
+    ranking.check(config)
     stored = config.images is None and config.dataset.format is None
     if stored and not EmbeddingStore.exists(config.store_path):
         raise ConfigError("register needs images=FOLDER (or a glob pattern, or a list file), or the store=DIR of a run")
@@ -50,6 +51,7 @@ def register(config: Config) -> Run:
 
 def retrieve(config: Config) -> Run:
     """Rank the database images of every query by predicted overlap."""
+    ranking.check(config)
     separate = config.queries is not None and (config.database is not None or config.images is not None)
     if not separate and config.dataset.format is None:
         raise ConfigError("retrieve needs queries=FOLDER and database=FOLDER (folders, glob patterns or list files)")

@@ -82,7 +82,7 @@ class Selection:
 
         `vop.quantised.widen` makes float32 vectors of patches, whatever type they have.
         """
-        manifest = self.store.manifest
+        manifest = self.store.with_patches().manifest
         globals_ = np.empty((len(self), manifest["global_width"]), float_type(manifest["dtype"]))
         patches = np.empty((len(self), manifest["patches"], manifest["width"]), manifest["dtype"])
         self._fill({"global": globals_, "patches": patches})
@@ -90,7 +90,7 @@ class Selection:
 
     def read_mapped(self, directory: str) -> tuple[np.ndarray, np.ndarray]:
         """Like `read`, but the patches are a read-only memory map of a file in a local directory (`_mapped`)."""
-        manifest = self.store.manifest
+        manifest = self.store.with_patches().manifest
         globals_ = np.empty((len(self), manifest["global_width"]), float_type(manifest["dtype"]))
         patches = self._mapped("patches", manifest["width"], manifest["dtype"], directory)
         self._fill({"global": globals_})
@@ -151,9 +151,9 @@ class EmbeddingStore(ImageStore):
     def create(cls, path: str, features: dict, shapes: dict, calibration: dict[str, np.ndarray]) -> "EmbeddingStore":
         """Start an empty store.
 
-        `features` says what makes the descriptors (see `check_features`); `shapes` holds `patches` P, `width` E,
-        `global_width` G, `token_width` D and `dtype`, the type of the patches and, unless that is int8, of all
-        descriptors; `calibration` holds the arrays estimated on a sample.
+        `features` says what makes the descriptors (see `check_features`); `shapes` holds `patches` P, `width` E (0 for
+        a store without patches), `global_width` G, `token_width` D and `dtype`, the type of the patches and, unless
+        that is int8, of all descriptors; `calibration` holds the arrays estimated on a sample.
         """
         if calibration:
             files.write_bytes(files.join(path, "calibration.safetensors"), safetensors.save(calibration))
@@ -172,6 +172,12 @@ class EmbeddingStore(ImageStore):
         """Whether a store is there whose descriptors came from a file, so that its images may be nowhere at hand."""
         return cls.exists(path) and cls.open(path).manifest["features"]["backbone"]["name"] == "imported"
 
+    def with_patches(self) -> "EmbeddingStore":
+        """This store. Raises `StoreError` if it has tokens alone, for training: nothing can be searched in it."""
+        if not self.manifest["width"]:
+            raise StoreError(f"the store at {self.path} has no patches: it was made with embedding.patches=false")
+        return self
+
     def calibration(self) -> dict[str, np.ndarray]:
         """The arrays estimated on a sample of the collection. Raises `StoreError` if their file is damaged."""
         if not self.manifest["calibration"]:
@@ -189,14 +195,15 @@ class EmbeddingStore(ImageStore):
     def write_shard(self, number: int, table: pa.Table, quarantined: list[dict]) -> dict:
         """Write a shard, then its receipt, which is returned.
 
-        `table` has image_id, name, width, height, scaled_width, scaled_height, content, global (n, G),
-        patches (n, P, E) and perhaps tokens (n, P, D); `quarantined` has image_id, name, reason per bad image.
+        `table` has image_id, name, width, height, scaled_width, scaled_height, content, global (n, G) and one at least
+        of patches (n, P, E) and tokens (n, P, D); `quarantined` has image_id, name, reason per bad image.
         """
         path = files.join(self.path, f"{shard_name(number)}.parquet")
         with files.atomic(path) as (filesystem, inner):
             # Descriptors look random: dictionaries, statistics and compression cost time and save nothing. But Parquet
             # has no type of one byte: int8 takes one by means of a dictionary of its 255 values, without it four.
-            in_bytes = ["patches.list.element"] if table["patches"].type.value_type == pa.int8() else False
+            int8 = "patches" in table.column_names and table["patches"].type.value_type == pa.int8()
+            in_bytes = ["patches.list.element"] if int8 else False
             pq.write_table(table, inner, filesystem=filesystem, row_group_size=GROUP_ROWS, use_dictionary=in_bytes,
                            write_statistics=False, compression="none")  # fmt: skip
         return self.write_receipt(number, table.num_rows, quarantined)

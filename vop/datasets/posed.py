@@ -188,22 +188,22 @@ def write_cameras(path, cameras: dict[str, Camera]) -> None:
 
 def write_overlap(path, truth: OverlapTruth) -> None:
     """Write overlaps as a Parquet file: (query, database, overlap) for the ordered pairs with overlap above 0."""
-    query, database = (truth.matrix > 0).nonzero()
-    query, database = query[query != database], database[query != database]
-    names = np.array(truth.names, dtype=object)
+    found = sparse.coo_array(truth.matrix)
+    shown = (found.row != found.col) & (found.data > 0)
+    query, database, names = found.row[shown], found.col[shown], np.array(truth.names, dtype=object)
     table = pa.table(
         {
             "query": pa.array(names[query], pa.string()),
             "database": pa.array(names[database], pa.string()),
-            "overlap": pa.array(truth.matrix[query, database], pa.float32()),
+            "overlap": pa.array(found.data[shown], pa.float32()),
         }
     ).replace_schema_metadata({_NAMES_KEY: json.dumps(list(truth.names))})
     with files.atomic(path) as (filesystem, inner):
         pq.write_table(table, inner, filesystem=filesystem)
 
 
-def read_overlap(path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Read an overlap file: names and the (N, N) float32 matrix, zero where there is no row, one on the diagonal.
+def read_overlap(path) -> OverlapTruth:
+    """Read an overlap file: the matrix is sparse, zero where there is no row; of several for a pair the first counts.
 
     Names come in the order they were written in; a file of other origin, without the list in its metadata, gives the
     names of its rows, sorted. Raises FileNotFoundError, and ValueError where a column is missing.
@@ -219,9 +219,11 @@ def read_overlap(path) -> tuple[tuple[str, ...], np.ndarray]:
     listed = (table.schema.metadata or {}).get(_NAMES_KEY)
     names = tuple(json.loads(listed)) if listed else tuple(sorted({*query, *database}))
     index = {name: row for row, name in enumerate(names)}
-    matrix = np.eye(len(names), dtype=np.float32)
-    matrix[[index[name] for name in query], [index[name] for name in database]] = table["overlap"].to_numpy()
-    return names, matrix
+    ends = [np.array([*range(len(names)), *(index[name] for name in side)], np.int64) for side in (query, database)]
+    _, first = np.unique(ends[0] * len(names) + ends[1], return_index=True)
+    values = np.concatenate([np.ones(len(names)), table["overlap"].to_numpy()]).astype(np.float32)
+    matrix = sparse.csr_array((values[first], (ends[0][first], ends[1][first])), shape=(len(names), len(names)))
+    return OverlapTruth(names, matrix)
 
 
 def overlap_truth(path) -> OverlapTruth:
@@ -232,7 +234,7 @@ def overlap_truth(path) -> OverlapTruth:
     path = files.absolute(path)
     stored = path if path.endswith(".parquet") else files.join(path, OVERLAP)
     if path.endswith(".parquet") or files.exists(stored):
-        return OverlapTruth(*read_overlap(stored))
+        return read_overlap(stored)
     folder = PosedFolder.open(path)
     return OverlapTruth(folder.names, folder.overlap_matrix())
 

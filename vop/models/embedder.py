@@ -69,7 +69,7 @@ def calibrate(config: Config, sample: pa.Table | None) -> Calibration:
     tokens, global_descriptor = plain.tokens(blank, np.full((1, 2), embedding.image_size))
     shapes = {
         "patches": tokens.shape[1],
-        "width": embedding.whiten or plain.width,
+        "width": (embedding.whiten or plain.width) if embedding.patches else 0,
         "global_width": global_descriptor.shape[1],
         "token_width": tokens.shape[2],
         "dtype": embedding.dtype,
@@ -96,7 +96,7 @@ def calibrate(config: Config, sample: pa.Table | None) -> Calibration:
         "normalize_global": embedding.normalize_global,
         "dtype": embedding.dtype,
         "tokens": embedding.tokens,
-    }
+    } | ({} if embedding.patches else {"patches": False})
     return Calibration(features, shapes, arrays)
 
 
@@ -129,12 +129,12 @@ class Embedder:
         self.config, manifest = config.embedding, store.manifest
         self.describer = build_describer(config, store.calibration())
         P, E, G = manifest["patches"], manifest["width"], manifest["global_width"]
-        self.shapes = {"global": (G,), "patches": (P, E)}
+        self.shapes = {"global": (G,)} | ({"patches": (P, E)} if self.config.patches else {})
         if self.config.tokens:
             self.shapes["tokens"] = P, manifest["token_width"]
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        """Replace `pixels` by global (n, G), patches (n, P, E) and perhaps tokens (n, P, D); bad rows hold zeros."""
+        """Replace `pixels` by global (n, G), patches (n, P, E) and tokens (n, P, D), as asked; bad rows hold zeros."""
         pixels, scaled, fine = _decoded_images(decoded)
         types = {name: float_type(self.config.dtype) for name in self.shapes} | {"patches": self.config.dtype}
         out = {name: np.zeros((len(pixels), *shape), types[name]) for name, shape in self.shapes.items()}
@@ -142,8 +142,9 @@ class Embedder:
             batch = fine[start : start + self.config.batch_size]
             tokens, global_descriptor = self.describer.tokens(pixels[batch], scaled[batch])
             out["global"][batch] = global_descriptor.cpu().numpy()
-            patches = unit(self.describer.embed(tokens, scaled[batch])).cpu().numpy()
-            out["patches"][batch] = stored(patches, self.config.dtype)
+            if self.config.patches:
+                patches = unit(self.describer.embed(tokens, scaled[batch])).cpu().numpy()
+                out["patches"][batch] = stored(patches, self.config.dtype)
             if self.config.tokens:
                 out["tokens"][batch] = tokens.cpu().numpy()
         described = decoded.drop_columns(["pixels"])

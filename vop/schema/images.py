@@ -38,6 +38,8 @@ class EmbeddingConfig:
     """Type of stored patch descriptors: float16, float32 or int8 (half of float16; global ones are then float16)."""
     tokens: bool = False
     """Also store the backbone's own tokens (for training the encoder)."""
+    patches: bool = True
+    """Store the patch descriptors; false: a store of tokens alone, half the size, which nothing can be searched in."""
     sample: int = 256
     """Images sampled to estimate the centre of the tokens and the whitening."""
     shard_size: int = 128
@@ -62,6 +64,8 @@ class EmbeddingConfig:
                  "a positive multiple of 14, the patch size")  # fmt: skip
         require("embedding.dtype", self.dtype, self.dtype in ("float16", "float32", "int8"),
                  "float16, float32 or int8")  # fmt: skip
+        require("embedding.patches", self.patches, self.patches or self.tokens,
+                 "true unless embedding.tokens=true: a store holds one of them at least")  # fmt: skip
         require("embedding.precision", self.precision, self.precision in (None, "float32", "bfloat16", "float16"),
                  "float32, bfloat16, float16 or null")  # fmt: skip
         require("embedding.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "from 0 to 1")

@@ -75,7 +75,7 @@ def _overlaps(config: Config, job: Run, benchmark: Benchmark, chosen: Split) -> 
         files.write_json(told, reasons)
     reasons = job.counts["images_without_overlap"] = files.read_json(told)
     _check_left_out(config, Counter(reasons), total, what)
-    return OverlapTruth(*read_overlap(path))
+    return read_overlap(path)
 
 
 def labelled(

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from vop import files, pairs
-from vop.config import Config
+from vop.config import Config, ConfigError
 from vop.datasets.layout import Benchmark
 from vop.datasets.posed import OverlapTruth
 from vop.datasets.positions import read_positions
@@ -20,8 +20,15 @@ from vop.steps import embeddings
 from vop.store import Selection
 
 
+def check(config: Config) -> None:
+    """Raise `ConfigError` for settings that no search can be made with."""
+    if not config.embedding.patches:
+        raise ConfigError("images are searched by their patches, which embedding.patches=false leaves out")
+
+
 def paired(config: Config, job: Run, queries: Selection, database: Selection) -> None:
     """pairs.parquet and pairs.txt: per query the best database images; finished parts are not searched again."""
+    database.store.with_patches()
     near = _near(config, job, database)  # before the search, so that positions that are missing are missed in time
     with job.step("radius"):
         radius = choose_radius(database, config.retrieval)

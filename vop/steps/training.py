@@ -75,7 +75,9 @@ def tokenised(config: Config, job: Run, sets: ImageSets, chosen: Split) -> tuple
             views += [dataclasses.replace(image, name=name) for name in names]
     views.sort(key=lambda view: view.name)
     names = tuple(view.name for view in views)
-    settings = dataclasses.replace(config.embedding, tokens=True, whiten=None)
+    there = EmbeddingStore.exists(config.tokens_path) and EmbeddingStore.open(config.tokens_path)
+    patches = bool(there) and there.manifest["width"] > 0  # where `vop embed` left both, it may go on with both
+    settings = dataclasses.replace(config.embedding, tokens=True, patches=patches, whiten=None)
     of_tokens = dataclasses.replace(config, store=config.tokens_path, embedding=settings)
     store = embedded(of_tokens, job, ImageSets(sets.root, tuple(views), names, names, sets.skipped), view_pixels)
     live = set(store.live()["name"].to_pylist())

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse as sparse
 
 from vop.datasets.posed import OverlapTruth
 from vop.schema import TrainConfig
@@ -43,25 +44,23 @@ def epoch_pairs(
     index = {name: row for row, name in enumerate(truth.names)}
     positives, negatives = _wanted(config, epoch)
     everything = sorted({name for names in scenes.values() for name in names})
-    drawn = []
+    matrix, drawn = sparse.csr_array(truth.matrix), []
     for scene, names in sorted(scenes.items()):
         rng = _random(config.seed, epoch, scene)
         names = sorted(names)
         rows = np.array([index[name] for name in names])
-        overlap = truth.matrix[np.ix_(rows, rows)]
-        overlap = np.asarray(overlap.todense() if hasattr(overlap, "todense") else overlap)
-        first, second = np.triu_indices(len(names), 1)
-        values = overlap[first, second]
+        overlap = sparse.triu(matrix[rows][:, rows], 1, format="csr")
+        overlap.sum_duplicates()  # and sorted by row and column
+        first, second = overlap.nonzero()
+        values = overlap.data[overlap.data != 0]
         for at in _spread(values, positives, config, rng):
             drawn.append((names[first[at]], names[second[at]], values[at]))
         world = np.unique([worlds.get(name, "") if worlds else "" for name in names], return_inverse=True)[1]
-        apart = np.flatnonzero((values == 0) & (world[first] == world[second]))
-        if len(apart):
-            for at in rng.choice(apart, min(negatives, len(apart)), replace=False):
-                drawn.append((names[first[at]], names[second[at]], 0.0))
-        else:
+        apart = _apart(overlap, world, negatives, rng)
+        drawn += [(names[a], names[b], 0.0) for a, b in apart]
+        if not apart:
             found = _elsewhere(names, everything, negatives, rng)
-            drawn += [pair for pair in found if not truth.matrix[index[pair[0]], index[pair[1]]]]
+            drawn += [pair for pair in found if not matrix[index[pair[0]], index[pair[1]]]]
     return _ordered(drawn, config, epoch)
 
 
@@ -119,6 +118,31 @@ def _spread(values: np.ndarray, wanted: int, config: TrainConfig, rng: np.random
         turn[members] = np.arange(len(members))
     order = np.lexsort((rng.permutation(len(inside)), turn))
     return inside[order[:wanted]]
+
+
+def _apart(
+    overlap: sparse.csr_array, world: np.ndarray, wanted: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Up to `wanted` pairs of rows of one world without an entry, drawn evenly from all there are.
+
+    They are numbered row by row and only those that are drawn are looked up: a scene of 50,000 images has a billion.
+
+    Args:
+        overlap: (n, n), its entries above the diagonal. world: (n,) int.
+    """
+    later = np.zeros(len(world), np.int64)  # images of its world behind each
+    for number in np.unique(world):
+        members = np.flatnonzero(world == number)
+        later[members] = np.arange(len(members))[::-1]
+    row, column = overlap.nonzero()
+    ends = np.cumsum(later - np.bincount(row[world[row] == world[column]], minlength=len(world)))
+    found = []
+    for at in rng.choice(ends[-1], min(wanted, ends[-1]), replace=False) if ends[-1] else ():
+        a = int(np.searchsorted(ends, at, side="right"))
+        others = a + 1 + np.flatnonzero(world[a + 1 :] == world[a])
+        others = np.setdiff1d(others, overlap[[a]].nonzero()[1], assume_unique=True)
+        found.append((a, int(others[at - (ends[a - 1] if a else 0)])))
+    return found
 
 
 def _elsewhere(names: list[str], everything: list[str], wanted: int, rng: np.random.Generator) -> list[tuple]:
