@@ -182,5 +182,5 @@ def test_write_is_read_back_and_repeats_itself(tmp_path):
         np.testing.assert_allclose(folder.camera(frame.name).cam_from_world, frame.camera.cam_from_world)
     stored = overlap_truth(tmp_path)
     assert stored.names == truth.names
-    np.testing.assert_array_equal(stored.matrix, truth.matrix)
+    np.testing.assert_array_equal(stored.matrix.toarray(), truth.matrix)
     np.testing.assert_allclose(folder.overlap_matrix(), truth.matrix, atol=0.01)  # millimetres

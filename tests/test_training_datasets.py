@@ -56,7 +56,7 @@ def megadepth(rendered_collection, tmp_path):
         depth_paths=np.array(depths, object),
         intrinsics=np.array([camera.K for camera in posed.cameras]),
         poses=np.array([camera.cam_from_world for camera in posed.cameras]),
-        overlap_matrix=truth.matrix[np.ix_(rows, rows)],
+        overlap_matrix=truth.matrix.toarray()[np.ix_(rows, rows)],
     )
     return tmp_path, posed, dict(zip(names, posed.names, strict=True))
 
