@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import typing
 from operator import attrgetter
 from pathlib import Path
@@ -170,6 +171,13 @@ def test_local_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
     assert (config.store, config.truth) == ("s3://bucket/store", "/home/somebody/truth")
     assert load(output="run").store_path == f"{here}/run/store"
     assert config.store_path == "s3://bucket/store"
+
+
+def test_every_setting_that_names_a_file_or_folder_becomes_absolute():
+    """Workers have other working directories."""
+    named = {key for key, meaning, default in documented()
+             if default is None and re.match(r"(Local |Text |HDF5 )?(file|folder|directory|store) ", meaning, re.I)}  # fmt: skip
+    assert {"store", "pair_labels", "retrieval.cache", "train.scenes", "dataset.root"} < named <= set(PATHS)
 
 
 def test_weights_become_absolute_only_if_they_are_files(tmp_path, monkeypatch):
