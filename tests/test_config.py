@@ -175,8 +175,8 @@ def test_local_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
 
 def test_every_setting_that_names_a_file_or_folder_becomes_absolute():
     """Workers have other working directories."""
-    named = {key for key, meaning, default in documented()
-             if default is None and re.match(r"(Local |Text |HDF5 )?(file|folder|directory|store) ", meaning, re.I)}  # fmt: skip
+    place = re.compile(r"(Local |Text |HDF5 )?(file|folder|directory|store) ", re.IGNORECASE)
+    named = {key for key, meaning, default in documented() if default is None and place.match(meaning)}
     assert {"store", "pair_labels", "retrieval.cache", "train.scenes", "dataset.root"} < named <= set(PATHS)
 
 
