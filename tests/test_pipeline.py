@@ -180,7 +180,7 @@ def test_a_run_directory_holds_what_was_promised(registered, photos):
     output = Path(asked.output)
     assert {path.name.partition("-")[0] for path in output.iterdir()} == {
         *("config.yaml", "run.json", "metrics.json", "pairs.parquet", "pairs.txt", "patch_weights.parquet"),
-        *("scenes.parquet", "report.html", "store", "votes"),
+        *("scenes.parquet", "report.html", "store", "votes", "logs", ".lock"),
     }
     assert config.load([str(output / "config.yaml")]) == asked
     record = json.loads((output / "run.json").read_text())

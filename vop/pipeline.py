@@ -24,7 +24,7 @@ from vop.viz.trained import write_training_page
 
 def embed(config: Config) -> Run:
     """Bring the store up to date with the collection: new and changed images are embedded, nothing twice."""
-    with run.start(config, "embed") as job, cluster.connect(config.cluster):
+    with run.start(config, "embed") as job, cluster.connect(config.cluster, job):
         embeddings.embedded(config, job, open_benchmark(config).sets)
     return job
 
@@ -35,7 +35,7 @@ def register(config: Config) -> Run:
     stored = config.images is None and config.dataset.format is None
     if stored and not EmbeddingStore.exists(config.store_path):
         raise ConfigError("register needs images=FOLDER (or a glob pattern, or a list file), or the store=DIR of a run")
-    with run.start(config, "register") as job, cluster.connect(config.cluster):
+    with run.start(config, "register") as job, cluster.connect(config.cluster, job):
         if stored:
             everything = embeddings.as_stored(config, job).select()
             truth = None if config.truth is None else overlap_truth(config.truth)
@@ -57,7 +57,7 @@ def retrieve(config: Config) -> Run:
         raise ConfigError("retrieve needs queries=FOLDER and database=FOLDER (folders, glob patterns or list files)")
     if config.pairs.chosen:
         raise ConfigError("pairs.* chooses among the pairs of one collection: use it with register, here retrieval.k")
-    with run.start(config, "retrieve") as job, cluster.connect(config.cluster):
+    with run.start(config, "retrieve") as job, cluster.connect(config.cluster, job):
         if config.images is None and EmbeddingStore.is_imported(config.store_path):
             store, names = embeddings.as_stored(config, job), map(read_names, (config.queries, config.database))
             truth = None if config.truth is None else overlap_truth(config.truth)
@@ -78,7 +78,7 @@ def retrieve(config: Config) -> Run:
 def match(config: Config) -> Run:
     """Match the local features of listed pairs, for reconstruction to follow; without a list, of registered ones."""
     matching.check(config.matching)
-    with run.start(config, "match") as job, cluster.connect(config.cluster):
+    with run.start(config, "match") as job, cluster.connect(config.cluster, job):
         benchmark = open_benchmark(config)
         matches.matched(config, job, benchmark.sets, ranking.listed(config, job, benchmark))
     return job
@@ -88,7 +88,7 @@ def relative_pose(config: Config) -> Run:
     """Judge pairs by the relative poses that their matches give: those listed, or those that registering ranks."""
     matching.check(config.matching)
     relative.check(config.pose.estimators)
-    with run.start(config, "relative-pose") as job, cluster.connect(config.cluster):
+    with run.start(config, "relative-pose") as job, cluster.connect(config.cluster, job):
         benchmark = open_benchmark(config)
         poses.check_cameras(benchmark)
         listed = ranking.listed(config, job, benchmark)
@@ -103,7 +103,7 @@ def train(config: Config) -> Run:
     """Train the encoder on a collection whose overlaps are known, or on views of its images."""
     training.check(config)
     training.check_same(config)  # before the record of the run that is there would be replaced
-    with run.start(config, "train") as job, cluster.connect(config.cluster):
+    with run.start(config, "train") as job, cluster.connect(config.cluster, job):
         benchmark = open_benchmark(config)
         chosen = split(benchmark.sets, config.train)
         truth, places, chosen = labels.supervised(config, job, benchmark, chosen)
@@ -176,7 +176,7 @@ def import_h5(config: Config) -> Run:
     """Make a store of a file in that layout; its lists of names go to the run directory, as lists/NAME.txt."""
     if config.h5 is None or config.encoder is not None:
         raise ConfigError("import-h5 needs h5=FILE and takes its descriptors as they are: give no encoder")
-    with run.start(config, "import-h5") as job, job.step("import"):
+    with run.start(config, "import-h5") as job, job.writing(config.store_path), job.step("import"):
         source = hdf5.FeatureFile.open(config.h5, config.embedding.dtype)
         store = source.store(config.store_path)
         done, imported = source.write(store, config.embedding.shard_size, config.embedding.max_bad_fraction)

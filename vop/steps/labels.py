@@ -10,7 +10,6 @@ from vop.config import Config, ConfigError
 from vop.datasets.benchmark import Benchmark
 from vop.datasets.posed import OverlapTruth, read_overlap, write_overlap
 from vop.parts import Parts, fingerprint
-from vop.progress import progress
 from vop.run import Run
 from vop.stages.train import label_parts
 from vop.store import EmbeddingStore
@@ -95,7 +94,7 @@ def labelled(
         missing = set(parts.missing(last))
         wanted = [epoch for epoch in epochs if missing & set(plan.parts_of(epoch, per_epoch))]
         images = {row["name"]: row for row in store.live().select([*IMAGE]).to_pylist()}
-    with job.step("labels"), progress("labels", last, last - len(missing), "parts") as bar:
+    with job.progress("labels", last, last - len(missing), "parts") as bar:
         tables = (
             _planned(number, pairs, images, benchmark, config)
             for epoch in wanted

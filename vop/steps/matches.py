@@ -14,7 +14,6 @@ from vop.embedding import hash_file
 from vop.features import FeatureStore
 from vop.matches import MatchStore, fine, located
 from vop.pose_estimation import ITSELF, QUARANTINED, UNKNOWN
-from vop.progress import progress
 from vop.run import Run
 from vop.stages.match import extract_shards, match_shards, width
 
@@ -47,7 +46,8 @@ def matched(config: Config, job: Run, sets: ImageSets, listed: pa.Table) -> Matc
             f"{example['image1']!r}: {example['reason']}. Names count from the root of the images, {sets.root}, which "
             f"holds for instance {sets.names[0]!r}"
         )
-    features = _extracted(config, job, sets, {*usable["image0"].to_pylist(), *usable["image1"].to_pylist()})
+    with job.writing(config.features_path):
+        features = _extracted(config, job, sets, {*usable["image0"].to_pylist(), *usable["image1"].to_pylist()})
     images = features.live()
     known = images["name"].combine_chunks()
     whole = pc.and_(*(pc.is_in(usable[side], known) for side in ("image0", "image1")))
@@ -56,7 +56,8 @@ def matched(config: Config, job: Run, sets: ImageSets, listed: pa.Table) -> Matc
     unmatched = pa.concat_tables([asked.filter(asked["reason"].is_valid()), bad])
     usable = usable.filter(whole)
     wanted = located(images, usable["image0"].combine_chunks(), usable["image1"].combine_chunks())
-    store = _matches(config, job, features, wanted)
+    with job.writing(config.matches_path):
+        store = _matches(config, job, features, wanted)
     job.counts["pairs_unmatched"] = dict(sorted(_counted(unmatched["reason"]).items()))
     return Matched(features, store, wanted, unmatched)
 
@@ -90,11 +91,11 @@ def _extracted(config: Config, job: Run, sets: ImageSets, names: Collection[str]
         planned, pending = store.plan(listing, size, False, lambda name: hash_file(paths[name]))
         guard = catalog.BadImages(planned.images, store.receipts(), config.embedding.max_bad_fraction)
     total, waiting = listing.num_rows, sum(shard.num_rows for shard in pending.values())
-    with job.step("features"), progress("features", max(total, waiting), max(0, total - waiting), "images") as bar:
+    with job.progress("features", max(total, waiting), max(0, total - waiting), "images") as bar:
         guard.add(0)
         shards = {number: catalog.located(shard, paths, sets.root) for number, shard in pending.items()}
         for written in extract_shards(config, store, shards):
-            bar.update(written["ok"] + written["quarantined"])
+            bar.update(written["ok"] + written["quarantined"], bad=written["quarantined"])
             guard.add(written["quarantined"])
     images = store.finish()
     job.counts |= {"root": sets.root, "features": store.path, "images_with_features": total, "extracted_now": waiting}
@@ -116,9 +117,9 @@ def _matches(config: Config, job: Run, features: FeatureStore, wanted: pa.Table)
         pending = store.plan(wanted, config.matching.pair_shard_size)
         waiting = sum(store.planned(number).num_rows for number in pending)
     total, failed = max(wanted.num_rows, waiting), 0
-    with job.step("matching"), progress("match", total, total - waiting, "pairs") as bar:
+    with job.progress("matching", total, total - waiting, "pairs") as bar:
         for written in match_shards(config, features, store, pending):
-            bar.update(written["rows"])
+            bar.update(written["rows"], bad=written["failed"])
             failed += written["failed"]
     job.counts |= {"matches": store.path, "pairs_matched": wanted.num_rows, "matched_now": waiting}
     job.counts["pairs_failed"] = failed

@@ -10,7 +10,6 @@ from vop.datasets.posed import OverlapTruth
 from vop.datasets.positions import read_positions
 from vop.evaluation import evaluate
 from vop.parts import Parts
-from vop.progress import progress
 from vop.retrieval import graph
 from vop.retrieval.reuse import KEPT_IN, RECORD
 from vop.retrieval.search import Search, choose_radius, shared_scenes
@@ -57,14 +56,14 @@ def _searched(config: Config, job: Run, search: Search, parts: Parts, kept: Part
     reuse = search.reuse(config.output, missing)
     if config.retrieval.keep_votes:
         files.write_json(files.join(kept.path, RECORD), search.record())
-    bar = progress("search", len(search.queries), search.queries_without(missing), "queries")
-    with job.step("search"), search_shards(search, reuse) as shards, bar as line:
+    line = job.progress("search", len(search.queries), search.queries_without(missing), "queries")
+    with line as bar, search_shards(search, reuse, job.id) as shards:
         for answer in shards.rank(missing):
             if config.retrieval.keep_votes:
                 kept.write(answer.number, answer.kept)
             parts.write(answer.number, answer.ranked)
-            line.set_postfix_str(shards.lag, refresh=False)
-            line.update(search.queries_in(answer.number))
+            bar.note(shards.lag)
+            bar.update(search.queries_in(answer.number))
     job.counts |= shards.summary()
 
 

@@ -16,7 +16,6 @@ from vop.parts import Parts, fingerprint
 from vop.pose.protocols import Evaluation, evaluate
 from vop.pose.results import markdown, metrics
 from vop.pose_estimation import SCHEMA, PoseEstimation, unmatched
-from vop.progress import progress
 from vop.run import Run
 from vop.stages.match import estimate_poses
 from vop.steps.matches import Matched, places
@@ -55,7 +54,7 @@ def posed(config: Config, job: Run, matched: Matched, cameras: Cameras) -> pa.Ta
     )
     missing = parts.missing(len(wanted))
     total, now = matched.pairs.num_rows, sum(len(wanted[i][1]) for i in missing)
-    with job.step("poses"), progress("poses", total, total - now, "pairs") as bar:
+    with job.progress("poses", total, total - now, "pairs") as bar:
         estimation = PoseEstimation(config.pose, matched.features, matched.matches, job.path(CAMERAS), parts)
         for written in estimate_poses(config, estimation, (_part(i, *wanted[i]) for i in missing)):
             bar.update(written["pairs"])

@@ -15,7 +15,6 @@ from vop.datasets.image_sets import ImageSets
 from vop.datasets.posed import OverlapTruth
 from vop.models.encoder import save_encoder
 from vop.pairs import read_parquet
-from vop.progress import progress
 from vop.run import Run
 from vop.stages.train import fit
 from vop.steps.embeddings import embedded
@@ -144,14 +143,13 @@ def trained(config: Config, job: Run, place: Place) -> str:
     done = found[0].step if found else 0
     if found is None or found[0].epoch < config.train.epochs:
         with (
-            job.step("train"),
-            progress("train", max(sum(steps), done), done, "steps") as bar,
+            job.progress("train", max(sum(steps), done), done, "steps") as bar,
             tensorboard(job.path("tensorboard"), done) as events,
         ):
 
             def told(row: dict) -> None:
-                bar.update(row["step"] - bar.n)
-                bar.set_postfix_str(f"epoch {row['epoch'] + 1}, loss {row['loss']:.4f}" if row.get("loss") else "")
+                bar.update(row["step"] - bar.done)
+                bar.note(f"epoch {row['epoch'] + 1}, loss {row['loss']:.4f}" if row.get("loss") else "")
                 if events:
                     events(row)
 
