@@ -14,6 +14,7 @@ COMMANDS = {
     "relative-pose": "judge pairs by the relative poses that their matches give",
     "train": "train the encoder on images whose overlaps are known, or on warped copies of any images",
     "export-matches": "write the features and matches of a finished run for hloc, or as a COLMAP database",
+    "status": "tell how far the run in a directory is, while it runs and after it died: vop status DIR",
     "report": "write report.html of a finished run again",
     "demo": "render rooms with known overlaps, register them, print precision and recall",
     "export-h5": "write a store in the layout of the original's overlap_feats.h5",
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   vop register images=photos output=run
   vop register images=photos output=run backbone=dinov2_vitl14 retrieval.k=40
   vop retrieve queries=phone database=map output=run --config my.yaml
+  vop status run               how far it is, while it runs and after it died
   vop register --help          every key, its meaning and its default
 """
 
@@ -63,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     # `--config a.yaml key=value`: the option takes what follows it, and an override is told by its equals sign.
     files = [text for text in options.config if "=" not in text]
     overrides = [*options.overrides, *(text for text in options.config if "=" in text)]
+    if options.command == "status":  # `vop status DIR`
+        overrides = [text if "=" in text else f"output={text}" for text in overrides]
     try:
         resolved = config.load(files, overrides)
         if options.dry_run:

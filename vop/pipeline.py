@@ -16,6 +16,7 @@ from vop.stages import cluster
 from vop.steps import embeddings, exports, labels, matches, poses, training
 from vop.steps import pairs as ranking
 from vop.steps.report import known_overlaps, reported, reported_training
+from vop.steps.status import Status
 from vop.store import EmbeddingStore
 from vop.training.plan import split
 from vop.viz.page import write_page
@@ -133,6 +134,11 @@ def demo(config: Config) -> Run:
     images = files.join(config.output, "images")
     rendered.write(images, config.demo.images, config.demo.seed)
     return register(dataclasses.replace(config, images=images, truth=images))
+
+
+def status(config: Config) -> Status:
+    """How far the latest run in the output is, from its receipts: while it runs, and after it died."""
+    return Status.read(config.output)
 
 
 def report(config: Config) -> Run:
