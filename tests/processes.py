@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,15 +36,21 @@ sys.exit(cli.main(sys.argv[2:]))
 class Job:
     """A command of vop in a process, and a session, of its own; what it says goes to `folder/log.txt`."""
 
-    def __init__(self, command: str, told: config.Config, folder: Path):
+    def __init__(self, command: str, told: config.Config, folder: Path, environment: Mapping[str, str] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self._log, self._counted = folder / "log.txt", folder / "written.txt"
         self._counted.write_text("")
         (folder / "asked.yaml").write_text(config.to_yaml(told))
         arguments = [self._counted, command, "--config", folder / "asked.yaml"]
         with self._log.open("wb") as stream:
-            self.process = subprocess.Popen([sys.executable, "-c", COUNTED, *map(str, arguments)],
-                                            cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", COUNTED, *map(str, arguments)],
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
 
     @property
     def log(self) -> str:

@@ -1,7 +1,9 @@
 """The command line: `vop COMMAND [--config FILE...] [key=value...] [--dry-run]`."""
 
 import argparse
+import signal
 import sys
+import threading
 
 from vop import config
 from vop.config import ConfigError
@@ -67,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [*options.overrides, *(text for text in options.config if "=" in text)]
     if options.command == "status":  # `vop status DIR`
         overrides = [text if "=" in text else f"output={text}" for text in overrides]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupted)  # of a scheduler or `ray job stop`: told like Ctrl-C
     try:
         resolved = config.load(files, overrides)
         if options.dry_run:
@@ -86,6 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"vop {options.command} failed: {error}", file=sys.stderr)
         return 1
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
