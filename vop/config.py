@@ -28,7 +28,7 @@ PATHS = (
     *("pair_labels", "train.labels", "train.scenes", "train.validation", "train.cache", "retrieval.cache"),
 )
 PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell
-# Credentials in a URI: NAME:PASSWORD@, but not HOST:PORT/...@..., and in its query what object stores sign requests with.
+# Credentials in a URI: NAME:PASSWORD@ (but not HOST:PORT/...@), and in its query what object stores sign requests with.
 LOGIN = re.compile(r"://[^/?#@\s]*:(?!\d*/)[^?#\s]*@")
 SECRET = re.compile(
     r"://.*[?&;][^=&;]*(secret|passw|token|credential|signature|\bsig\b|(access|api|account)[-_]?key)[^=&;]*=",

@@ -112,7 +112,7 @@ def runtime_env(folder: Path) -> dict:
             raise ConfigError(f"{folder} holds more than {MOST_FILES:,} files to upload: {_remedy(sizes)}")
     if sizes.total() > LARGEST:
         raise ConfigError(
-            f"{folder} has {sizes.total() / 1e6:,.0f} MB to upload, at most {LARGEST / 1e6:,.0f} are: {_remedy(sizes)}"
+            f"{folder} has {sizes.total() / 1e6:,.0f} MB to upload, at most {LARGEST / 1e6:,.0f}: {_remedy(sizes)}"
         )
     return {"working_dir": str(folder.absolute()), "excludes": excludes}
 
