@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import runpy
 import shlex
 import socket
 import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
@@ -20,6 +22,8 @@ from vop import cli, config, exit_codes
 from vop.config import ConfigError
 from vop.exit_codes import AROUND, CLUSTER, CODES, FAILED, IMPOSSIBLE, INTERRUPTED, UNUSABLE, exit_code
 from vop.stages import submit
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaded(*overrides):
@@ -120,6 +124,27 @@ def test_settings_may_stand_on_both_sides_of_options(capsys):
     assert out.splitlines()[-1] == ("# python -m vop.cli embed cluster.address=auto images=/p output=/r retrieval.k=3")
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "ray_jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_run_their_command_and_say_how_to_submit_it(script, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cli, "main", lambda arguments: ran.append(arguments) or 3)
+    monkeypatch.setattr(sys, "argv", [str(script), "images=/data/photos"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    assert left.value.code == 3
+    command = script.stem.replace("_", "-")
+    assert ran == [[command, "cluster.address=auto", "images=/data/photos"]]
+    lines = script.read_text().replace("\\\n", "").split("\n\n")
+    line = next(shlex.split(line) for line in lines if line.strip().startswith("ray job submit"))
+    given = line[line.index("python") :]
+    assert line[:7] == shlex.split("ray job submit --address http://HEAD:8265 --working-dir .")
+    assert given[:2] == ["python", f"ray_jobs/{script.name}"]
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert cli.main([command, "cluster.address=auto", *given[2:], "--dry-run"]) == 0
+    assert command in cli.JOBS
+
+
 # The working directory
 
 
@@ -156,7 +181,9 @@ def test_too_much_to_upload_is_refused_by_its_largest_folders(tmp_path, monkeypa
     tree(tmp_path, "notes/a.bin", "notes/b.bin", size=60_000_000)
     tree(tmp_path, "logs/a.txt", size=2_000_000)
     tree(tmp_path, "a.py")
-    with pytest.raises(ConfigError, match=r"122 MB to upload, at most 100 .*notes \(120.0 MB\), logs \(2.0 MB\), a.py"):
+    with pytest.raises(
+        ConfigError, match=r"122 MB to upload, at most 100: .*notes \(120.0 MB\), logs \(2.0 MB\), a.py"
+    ):
         submit.runtime_env(tmp_path)
     (tmp_path / ".rayignore").write_text("notes\n")
     assert submit.runtime_env(tmp_path)["working_dir"] == str(tmp_path)

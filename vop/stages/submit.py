@@ -96,7 +96,7 @@ def command_line(command: str, config: Config, python: str = "python") -> str:
     told = [text for text in configuration.overrides(config) if not text.startswith("cluster.address=")]
     line = shlex.join([python, "-m", "vop.cli", command, "cluster.address=auto", *told])
     if len(line.encode()) > LONGEST:
-        raise ConfigError(f"the command of the job has {len(line.encode()):,} bytes, at most {LONGEST:,} can be passed: "
+        raise ConfigError(f"the command of the job has {len(line.encode()):,} bytes, at most {LONGEST:,} are taken: "
                           "put long lists into files that the nodes can read")  # fmt: skip
     return line
 
