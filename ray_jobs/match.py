@@ -4,7 +4,8 @@ r"""Match the local features of listed pairs, or of those that it registers firs
         -- python ray_jobs/match.py images=/data/photos output=/data/run
 
 Takes what `vop match` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
-The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+`python` is that of the environment on the nodes that has the package and its `cpu` or `gpu` extra. `vop submit` wraps
+this. The last lines are status, result and reason; `vop --help` lists what the exit code means.
 """
 
 import sys

@@ -4,7 +4,8 @@ r"""Judge pairs by the relative poses that their matches give, as a job on a Ray
         -- python ray_jobs/relative_pose.py images=/data/photos cameras=/data/photos output=/data/run
 
 Takes what `vop relative-pose` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
-The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+`python` is that of the environment on the nodes that has the package and its `cpu` or `gpu` extra. `vop submit` wraps
+this. The last lines are status, result and reason; `vop --help` lists what the exit code means.
 """
 
 import sys

@@ -4,7 +4,8 @@ r"""Rank the database images of every query, as a job on a Ray cluster.
         -- python ray_jobs/retrieve.py queries=/data/phone database=/data/map output=/data/run
 
 Takes what `vop retrieve` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
-The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+`python` is that of the environment on the nodes that has the package and its `cpu` or `gpu` extra. `vop submit` wraps
+this. The last lines are status, result and reason; `vop --help` lists what the exit code means.
 """
 
 import sys

@@ -5,7 +5,8 @@ r"""Train the encoder on images whose overlaps are known, or on warped copies of
            train.validation=/data/validation.txt train.workers=8 output=/data/run
 
 Takes what `vop train` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
-The cluster needs the package and its `cpu` or `gpu` extra installed on every node.
+`python` is that of the environment on the nodes that has the package and its `cpu` or `gpu` extra. `vop submit` wraps
+this. The last lines are status, result and reason; `vop --help` lists what the exit code means.
 """
 
 import sys

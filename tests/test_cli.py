@@ -119,12 +119,12 @@ def test_too_little_to_work_on_is_status_2(capsys, tmp_path, local_ray):
     assert not (tmp_path / "run" / "store").exists()
 
 
-def test_a_failure_is_status_1_and_one_line(capsys, tmp_path, local_ray):
+def test_images_that_are_not_there_are_status_3_and_one_line(capsys, tmp_path, local_ray):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.md").touch()
     for images, said in ((tmp_path / "photos", "no images in"), (tmp_path / "nowhere", "does not exist")):
         status, out, err = output_of(capsys, "register", f"images={images}", f"output={tmp_path}/run")
-        assert (status, out) == (1, "")
+        assert (status, out) == (3, "")
         assert err.startswith("vop register failed: ")
         assert said in err
         assert len(err.splitlines()) == 1
@@ -132,7 +132,7 @@ def test_a_failure_is_status_1_and_one_line(capsys, tmp_path, local_ray):
 
 def test_a_report_of_no_run_says_so(capsys, tmp_path):
     status, _, err = output_of(capsys, "report", f"output={tmp_path}/run")
-    assert status in (1, 2)
+    assert status == 3
     assert f"{tmp_path}/run" in err
     assert "Traceback" not in err
 

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"schema", "config", "files"},
+    {"schema", "config", "files", "exit_codes"},
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"lock", "journal", "summary"}
-    | {"cameras", "shards", "features", "matches", "hloc", "colmap"},
+    | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
     | {"pose", "pose_estimation", "training"},
     {"stages"},

@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,13 @@ PATHS = (
     *("cameras", "pair_list", "features", "matches", "dataset.root", "export.hloc", "export.colmap"),
     *("pair_labels", "train.labels", "train.scenes", "train.validation", "train.cache", "retrieval.cache"),
 )
+PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell
+# Credentials in a URI: NAME:PASSWORD@ (but not HOST:PORT/...@), and in its query what object stores sign requests with.
+LOGIN = re.compile(r"://[^/?#@\s]*:(?!\d*/)[^?#\s]*@")
+SECRET = re.compile(
+    r"://.*[?&;][^=&;]*(secret|passw|token|credential|signature|\bsig\b|(access|api|account)[-_]?key)[^=&;]*=",
+    re.IGNORECASE,
+)
 
 
 def load(config_files: Iterable[str] = (), overrides: Iterable[str] = (), **values: object) -> Config:
@@ -32,14 +41,17 @@ def load(config_files: Iterable[str] = (), overrides: Iterable[str] = (), **valu
 
     Local paths become absolute, so that workers with another working directory find them; with a cluster address
     they must be absolute already. Raises `ConfigError` for an unknown key (with a suggestion), a value of the wrong
-    type or out of bounds, a file that is missing or is not YAML.
+    type or out of bounds, a file that is missing or is not YAML, and, since a run writes its config into its directory,
+    for a URI with credentials in it and for an interpolation, such as `${oc.env:NAME}`.
     """
     told = OmegaConf.create()
     sources = [*(_from_file(name) for name in config_files), ("the arguments", dict(values)), _from_dotlist(overrides)]
     for origin, source in sources:
         try:
             content = OmegaConf.create(source)
-            _check_keys(OmegaConf.to_container(content, resolve=False), Config, "", origin)
+            plain = OmegaConf.to_container(content, resolve=False)
+            _check_values(plain, "", origin)
+            _check_keys(plain, Config, "", origin)
             told = OmegaConf.merge(told, content)
             OmegaConf.merge(OmegaConf.structured(Config), content)  # types are checked here, to name the origin
         except OmegaConfBaseException as error:
@@ -60,6 +72,7 @@ def _at(error: OmegaConfBaseException) -> str:
 
 
 def _from_file(name: str) -> tuple[str, object]:
+    check_uri("the name of a config file", name)
     try:
         return name, OmegaConf.create(files.read_bytes(name).decode())
     except FileNotFoundError as error:
@@ -71,6 +84,7 @@ def _from_file(name: str) -> tuple[str, object]:
 def _from_dotlist(overrides: Iterable[str]) -> tuple[str, object]:
     overrides = list(overrides)
     for text in overrides:
+        check_uri(text.split("=")[0] if "=" in text else "an argument", text)  # first: later errors show the text
         if "=" not in text:
             raise ConfigError(f"{text!r} is not an override: write key=value, such as output=run")
         try:
@@ -81,6 +95,30 @@ def _from_dotlist(overrides: Iterable[str]) -> tuple[str, object]:
                 f"{text!r}: the value is not YAML; if it is meant as text, quote it twice: '{key}=\"{value}\"'"
             ) from error
     return "the command line", OmegaConf.from_dotlist(overrides)
+
+
+def check_uri(key: str, value: str) -> None:
+    """Raise `ConfigError`, which does not show it, for a URI with a password or another secret in it."""
+    if LOGIN.search(value) or SECRET.search(value):
+        raise ConfigError(
+            f"{key} is a URI with credentials in it, and a run writes its config down: give them in the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) or by the role of the machine, and a URI without"
+        )
+
+
+def _check_values(content: object, key: str, origin: str) -> None:
+    """Refuse what would put a secret into the config that a run writes down."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            _check_values(value, f"{key}.{name}" if key else str(name), origin)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _check_values(value, key, origin)
+    elif isinstance(content, str):
+        check_uri(f"{origin}: {key}", content)
+        if "${" in content:
+            raise ConfigError(f"{origin}: {key} is the interpolation {content!r}, which configs do not have: what the "
+                              "environment holds may be secret. Write the value, or give it as key=value")  # fmt: skip
 
 
 def _check_keys(content: object, schema: type, prefix: str, origin: str) -> None:
@@ -111,23 +149,47 @@ def _with_absolute_paths(config: Config) -> Config:
         path = getattr(owner, key)
         if path is None:
             continue
-        if config.cluster.address and not files.is_uri(path) and not Path(path).is_absolute():
-            raise ConfigError(
-                f"{name} is the relative path {path!r}, but the job runs on a cluster, whose processes have other "
-                "working directories: give an absolute path on a file system that every node mounts, or a URI"
-            )
+        _check_absolute(name, path, config)
         changed = dataclasses.replace(owner, **{key: files.absolute(path)})
         config = dataclasses.replace(config, **{section: changed}) if section else changed
     for name in ("weights", "encoder"):  # a weights name may also be a hub id, which is no path
         path = getattr(config, name)
         if path and Path(path).expanduser().exists():
+            _check_absolute(name, path, config)
             config = dataclasses.replace(config, **{name: files.absolute(path)})
     return config
+
+
+def _check_absolute(name: str, path: str, config: Config) -> None:
+    if config.cluster.address and not files.is_uri(path) and not Path(path).is_absolute():
+        raise ConfigError(
+            f"{name} is the relative path {path!r}, but the job runs on a cluster, whose processes have other "
+            "working directories: give an absolute path on a file system that every node mounts, or a URI"
+        )
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, in schema order."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def overrides(config: Config) -> list[str]:
+    """The `key=value` that make a config: `load([], overrides(config)) == config`, on any machine."""
+    usual = OmegaConf.structured(Config)
+    if config.encoder is not None:
+        usual = OmegaConf.merge(usual, ENCODER_DEFAULTS)
+    own = OmegaConf.structured(config)
+    pairs = ((key, *(OmegaConf.select(each, key) for each in (own, usual))) for key in KEYS)
+    return [f"{key}={_written(value)}" for key, value, default in pairs if value != default]
+
+
+def _written(value: object) -> str:
+    """A value as `key=value` takes it."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, str) and PLAIN.fullmatch(value) and OmegaConf.from_dotlist([f"text={value}"]).text == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def documented(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, str, object]]:

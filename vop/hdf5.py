@@ -27,8 +27,10 @@ import numpy as np
 import pyarrow as pa
 
 from vop import catalog, files
+from vop.foreign_hdf5 import ForeignLinkError, member
 from vop.geometry import Camera
 from vop.image import patch_centers
+from vop.names import checked
 from vop.progress import progress
 from vop.quantised import float_type, stored, widen
 from vop.store import EmbeddingStore, Selection, tensor_column, tensor_values
@@ -71,6 +73,7 @@ def export(
     column = "tokens" if features["tokens"] else "patches"
     centers = patch_centers(features["preprocessing"]["image_size"])
     (shards, rows), scaled_sizes = selection.locations, selection.scaled_sizes
+    checked(selection.names, selection.store.path)
     with files.atomic(local(path)) as (_, inner), h5py.File(inner, "w") as h5:
         h5.attrs["descriptors"] = column
         h5.attrs["vop_features"] = json.dumps(features)
@@ -123,7 +126,7 @@ class FeatureFile:
         """
         path = local(path)
         with _opened(path) as h5:
-            names = tuple(sorted(_images(h5)))
+            names = tuple(checked(sorted(_images(h5)), path))
             if not names:
                 raise H5Error(f"{path} holds no images: expected groups with the datasets {', '.join(REQUIRED)}")
             made_by = h5.attrs.get("vop_features")
@@ -177,9 +180,9 @@ class FeatureFile:
         with _opened(self.path) as h5:
             for i, line in enumerate(lines):
                 try:
-                    sizes, values["global"][i], values["patches"][i] = self._image(h5[line["name"]])
+                    sizes, values["global"][i], values["patches"][i] = self._image(member(h5, line["name"]))
                     line.update(sizes)
-                except (H5Error, OSError) as error:
+                except (H5Error, ForeignLinkError, OSError) as error:
                     reason = f"group {line['name']!r} of {self.path}: {error}"
                     quarantined.append({**line, "reason": reason, "content": None})
         table = pa.Table.from_pylist(lines, schema=ROWS)
@@ -222,7 +225,7 @@ class FeatureFile:
                           f"{PATCH_SIZE}-pixel patches of a {side}-pixel image, row by row")  # fmt: skip
         if not ((scaled >= 1) & (scaled <= side)).all():
             raise H5Error(f"image_size is {scaled.tolist()}; expected the width and height after scaling, 1 to {side}")
-        original = group.get(ORIGINAL_SIZE)
+        original = member(group, ORIGINAL_SIZE)
         original = np.array([None, None]) if original is None else _values(ORIGINAL_SIZE, original)
         if original.shape != (2,):
             raise H5Error(f"{ORIGINAL_SIZE} has shape {original.shape}; expected (2,)")
@@ -266,9 +269,9 @@ def _images(h5: h5py.File) -> set[str]:
 
 
 def _indices(h5: h5py.File) -> dict[str, list[str]]:
-    lists = h5.get(INDICES, {})
+    lists = member(h5, INDICES) or {}
     try:
-        return {key: [str(name) for name in lists[key].asstr()[()]] for key in lists}
+        return {key: [str(name) for name in member(lists, key).asstr()[()]] for key in checked(lists, h5.filename)}
     except (AttributeError, TypeError) as error:
         raise H5Error(f"{INDICES} of {h5.filename} holds something else than lists of names: {error}") from error
 
@@ -277,15 +280,15 @@ def _first_shape(h5: h5py.File, names: Sequence[str]) -> tuple[int, int, int]:
     first = None
     for name in names:
         try:
-            return _shape(_datasets(h5[name]))
-        except H5Error as error:
+            return _shape(_datasets(member(h5, name)))
+        except (H5Error, ForeignLinkError) as error:
             first = first or error
     raise H5Error(f"none of {len(names)} groups of {h5.filename} is an image; {names[0]!r}: {first}")
 
 
 def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
     """The required datasets of an image's group, each opened once. Raises `H5Error` where one is missing."""
-    found = {key: group.get(key) for key in REQUIRED}
+    found = {key: member(group, key) for key in REQUIRED}
     missing = [key for key, dataset in found.items() if not isinstance(dataset, h5py.Dataset)]
     if missing:
         raise H5Error(f"it lacks {', '.join(missing)}; it holds {', '.join(sorted(group)) or 'nothing'}")

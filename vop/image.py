@@ -44,13 +44,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             middle may decode to a picture with wrong areas; the format has no checksum.
     """
     try:
-        image = _open(data)
-        pixels = image.width * image.height
-        if pixels > max_pixels:
-            raise ImageError(
-                f"too large: {image.width}x{image.height} is {pixels:,} pixels, the limit is {max_pixels:,}; "
-                "reduce the image or raise max_pixels"
-            )
+        image = _open_small(data, max_pixels)
         if image.mode.startswith("I;16") or not _needs_pillow(image):
             rgb = _decode_with_opencv(data)
             if rgb is not None:
@@ -60,6 +54,27 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except Exception as error:  # damaged files raise nearly any type, from OSError to struct.error
         raise ImageError(_reason(error)) from error
+
+
+def check_size(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise `ImageError` for an image file of more pixels, by its header, and for what is no image."""
+    try:
+        _open_small(data, max_pixels)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+
+
+def _open_small(data: bytes, max_pixels: int) -> Image.Image:
+    image = _open(data)
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise ImageError(
+            f"too large: {image.width}x{image.height} is {pixels:,} pixels, the limit is {max_pixels:,}; "
+            "reduce the image or raise max_pixels"
+        )
+    return image
 
 
 def _open(data: bytes) -> Image.Image:

@@ -9,6 +9,7 @@ from vop.datasets import rendered
 from vop.datasets.benchmark import open_benchmark
 from vop.datasets.image_sets import open_image_sets, read_names
 from vop.datasets.posed import CAMERAS, PosedFolder, overlap_truth
+from vop.names import inside
 from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
@@ -187,7 +188,8 @@ def import_h5(config: Config) -> Run:
         store = source.store(config.store_path)
         done, imported = source.write(store, config.embedding.shard_size, config.embedding.max_bad_fraction)
         for key, names in source.indices.items():
-            files.write_bytes(job.path(f"lists/{key}.txt"), "".join(f"{name}\n" for name in names).encode())
+            path = inside(job.path("lists"), f"{key}.txt", config.h5)
+            files.write_bytes(path, "".join(f"{name}\n" for name in names).encode())
         job.counts |= catalog.summary(done.images, done) | {"embedded_now": imported, "store": store.path}
         job.quarantined = list(catalog.quarantined(done.images))
     return job

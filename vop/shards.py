@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vop import catalog, files
+from vop.names import SUSPECT, checked
 
 
 class StoreError(ValueError):
@@ -140,12 +141,18 @@ class ImageStore(ShardStore):
     """A store whose rows are images: a catalog says where each lies (`vop.catalog`)."""
 
     def images(self) -> pa.Table:
-        """The catalog (`vop.catalog.SCHEMA`); empty before the first plan."""
+        """The catalog (`vop.catalog.SCHEMA`); empty before the first plan.
+
+        Raises `vop.names.UnsafeNameError` for a name that leads out of the folder of the images.
+        """
         filesystem, inner = files.resolve(files.join(self.path, "images.parquet"))
         try:
-            return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+            images = pq.read_table(inner, filesystem=filesystem, partitioning=None)
         except FileNotFoundError:
             return catalog.SCHEMA.empty_table()
+        suspect = images["name"].filter(pc.match_substring_regex(images["name"], SUSPECT))
+        checked(suspect.to_pylist(), f"{self.path}/images.parquet")  # a store may come from anywhere
+        return images
 
     def write_images(self, images: pa.Table) -> None:
         """Replace the catalog and the row counts of the manifest."""

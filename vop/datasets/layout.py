@@ -19,6 +19,7 @@ from vop.cameras import Cameras
 from vop.datasets.folder import ImageFile
 from vop.datasets.image_sets import ImageSets
 from vop.datasets.posed import OverlapTruth
+from vop.names import checked
 from vop.schema import DatasetConfig
 
 SCENE = "{scene}"
@@ -96,9 +97,12 @@ def lacking(path: str, holds: str) -> list[str]:
 
 
 def image_files(dataset: DatasetConfig, names: Iterable[str], scene: str = "") -> list[ImageFile]:
-    """The images of these names below the root, each once; those that are not on disk have size -1, as in a list."""
+    """The images of these names below the root, each once; those that are not on disk have size -1, as in a list.
+
+    Raises `vop.names.UnsafeNameError` for a name that leads out of the root.
+    """
     found, listed = [], {}
-    for name in dict.fromkeys(names):
+    for name in checked(dict.fromkeys(names), f"the dataset at {dataset.root}"):
         path = files.join(dataset.root, name)
         folder, base = posixpath.split(path)
         if folder not in listed:

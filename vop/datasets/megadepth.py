@@ -29,6 +29,8 @@ from vop.cameras import Cameras, CamerasError, KnownCamera
 from vop.datasets import layout
 from vop.datasets.layout import Benchmark
 from vop.datasets.posed import OverlapTruth
+from vop.names import inside
+from vop.pickled import Npz
 from vop.schema import DatasetConfig
 
 MODEL = "scene_info/{scene}.npz"
@@ -97,30 +99,25 @@ class SceneInfo:
 def _read(dataset: DatasetConfig, scene: str) -> SceneInfo:
     path = layout.place(dataset, dataset.model or MODEL, scene)
     prefix = layout.below_root(dataset, dataset.images or "", scene)
-    filesystem, inner = files.resolve(path)
-    with filesystem.open_input_file(inner) as file, np.load(file, allow_pickle=True) as info:  # None needs pickle
-        lacking = {"image_paths", "depth_paths", "intrinsics", "poses"} - set(info)
-        if lacking or not {"overlap_matrix", "pair_infos"} & set(info):
-            wanted = ", ".join(sorted(lacking)) or "both overlap_matrix and pair_infos"
-            raise CamerasError(f"{path} lacks {wanted}; it has {', '.join(sorted(info))}")
-        paths, intrinsics, poses, depth_paths = (
-            info[key] for key in ("image_paths", "intrinsics", "poses", "depth_paths")
-        )
-        if "pair_infos" in info:
-            prescribed = list(info["pair_infos"])
-            ends = np.array([[int(row) for row in entry[0]] for entry in prescribed]).reshape(-1, 2)
-            kept, local = np.unique(ends, return_inverse=True)
-            rows, columns = local.reshape(-1, 2).T
-            overlap = np.array([float(entry[1]) for entry in prescribed], np.float32)
-        else:
-            kept = np.array(
-                [row for row in range(len(paths)) if paths[row] is not None and depth_paths[row] is not None]
-            )
-            rows, columns, overlap = _symmetric(info["overlap_matrix"][np.ix_(kept, kept)])
+    info = Npz(files.read_bytes(path), path)  # it holds None, and lists
+    lacking = {"image_paths", "depth_paths", "intrinsics", "poses"} - set(info)
+    if lacking or not {"overlap_matrix", "pair_infos"} & set(info):
+        wanted = ", ".join(sorted(lacking)) or "both overlap_matrix and pair_infos"
+        raise CamerasError(f"{path} lacks {wanted}; it has {', '.join(sorted(info))}")
+    paths, intrinsics, poses, depth_paths = (info[key] for key in ("image_paths", "intrinsics", "poses", "depth_paths"))
+    if "pair_infos" in info:
+        prescribed = list(info["pair_infos"])
+        ends = np.array([[int(row) for row in entry[0]] for entry in prescribed]).reshape(-1, 2)
+        kept, local = np.unique(ends, return_inverse=True)
+        rows, columns = local.reshape(-1, 2).T
+        overlap = np.array([float(entry[1]) for entry in prescribed], np.float32)
+    else:
+        kept = np.array([row for row in range(len(paths)) if paths[row] is not None and depth_paths[row] is not None])
+        rows, columns, overlap = _symmetric(info["overlap_matrix"][np.ix_(kept, kept)])
     names = [prefix + str(paths[row]) for row in kept]
     pairs = tuple((names[i], names[j]) for i, j in zip(rows, columns, strict=True)) if "pair_infos" in info else None
     K, poses = (np.array([values[row] for row in kept], np.float64) for values in (intrinsics, poses))
-    depths = [files.join(dataset.root, str(depth_paths[row])) for row in kept]
+    depths = [inside(dataset.root, str(depth_paths[row]), path) for row in kept]
     return SceneInfo(RANGE.sub("", scene), names, depths, K, poses, rows, columns, overlap, pairs)
 
 

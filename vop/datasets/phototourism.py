@@ -35,7 +35,9 @@ from vop.datasets import layout
 from vop.datasets.folder import EXTENSIONS
 from vop.datasets.layout import Benchmark
 from vop.datasets.posed import OverlapTruth
+from vop.foreign_hdf5 import member
 from vop.geometry import pose_from_rt
+from vop.pickled import read_npy
 from vop.schema import DatasetConfig
 
 IMAGES, MODEL = "{scene}/images", "{scene}"
@@ -113,7 +115,7 @@ def _calibrations(model: str) -> Iterator[tuple[str, np.ndarray | None, np.ndarr
 
 def _tables(path: str) -> dict[str, np.ndarray]:
     with h5py.File(io.BytesIO(files.read_bytes(path)), "r") as file:
-        return {key: dataset[()] for key, dataset in file.items()}
+        return {key: member(file, key)[()] for key in file}
 
 
 def _ends(pair: str, known: dict[str, object]) -> tuple[str, str]:
@@ -135,8 +137,8 @@ def _overlaps(names: dict[tuple[str, str], str], lists: list[tuple[str, str]]) -
         present = files.listing(folder)
         for step in STEPS:  # later, larger ones replace the earlier
             if f"keys-th-{step}.npy" in present:
-                data = io.BytesIO(files.read_bytes(files.join(folder, f"keys-th-{step}.npy")))
-                for pair in np.load(data, allow_pickle=True):
+                path = files.join(folder, f"keys-th-{step}.npy")
+                for pair in read_npy(files.read_bytes(path), path):
                     found[tuple(sorted(keys[key] for key in _ends(str(pair), keys)))] = float(step)
     ends = np.array(list(found), np.int64).reshape(-1, 2)
     overlap = np.fromiter(found.values(), np.float32, len(found))

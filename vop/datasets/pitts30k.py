@@ -17,7 +17,6 @@ The truth is of place, not of overlap: 1 for a match, 0 otherwise, between queri
 25 m may look the other way. No camera is known, so relative poses cannot be judged.
 """
 
-import io
 import posixpath
 import re
 
@@ -30,6 +29,7 @@ from vop.datasets import layout
 from vop.datasets.folder import ImageFile, list_images
 from vop.datasets.layout import Benchmark
 from vop.datasets.posed import OverlapTruth
+from vop.pickled import read_npy
 from vop.schema import DatasetConfig
 
 IMAGES = "images/{scene}"
@@ -115,7 +115,7 @@ def _matches_paths(dataset: DatasetConfig, split: str) -> list[str]:
 
 
 def _array(path: str) -> np.ndarray:
-    return np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=True)  # rows of unequal length are pickled
+    return read_npy(files.read_bytes(path), path)  # rows of unequal length are pickled
 
 
 def _truth(names: list[str], matches: list[list[tuple[str, str]]]) -> OverlapTruth:

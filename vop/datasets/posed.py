@@ -22,7 +22,8 @@ from PIL import ExifTags, Image
 from vop import files
 from vop.cameras import KnownCamera
 from vop.geometry import Camera, overlap_matrix, pose_from_rt
-from vop.image import decode
+from vop.image import check_size, decode
+from vop.names import checked
 
 CAMERAS = "cameras.json"
 OVERLAP = "overlap.parquet"
@@ -129,8 +130,8 @@ def read_cameras(path: str, world: str = "", required: Collection[str] = ()) -> 
     """The entries of a `cameras.json`, in its order, all of one world; no image is looked at.
 
     Unless `required`, K may be absent (intrinsics unknown) or R and t (pose unknown); width and height always may.
-    Raises ValueError where the file is not JSON or an entry lacks something or is of another shape; that a pose is one
-    is not checked (`KnownCamera.checked`).
+    Raises ValueError where the file is not JSON, a name leads out of its folder, or an entry lacks something or is of
+    another shape; that a pose is one is not checked (`KnownCamera.checked`).
     """
     try:
         entries = files.read_json(path)
@@ -138,7 +139,7 @@ def read_cameras(path: str, world: str = "", required: Collection[str] = ()) -> 
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{path} must map image names to objects with K, R, t (world to camera)")
-    return [_known(name, entry, world, required) for name, entry in entries.items()]
+    return [_known(name, entries[name], world, required) for name in checked(entries, path)]
 
 
 def _known(name: str, entry: dict, world: str, required: Collection[str]) -> KnownCamera:
@@ -163,7 +164,12 @@ def encode_depth(depth: np.ndarray) -> bytes:
 
 
 def decode_depth(data: bytes, path: str = "depth map") -> np.ndarray:
-    """Read a 16-bit PNG in millimetres as (H, W) float32 metres; `path` names it in the error."""
+    """Read a 16-bit PNG in millimetres as (H, W) float32 metres; `path` names it in the error.
+
+    Raises ValueError for anything else, and for one of more pixels than an image may have.
+    """
+    if data:
+        check_size(data)
     millimetres = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if millimetres is None or millimetres.dtype != np.uint16 or millimetres.ndim != 2:
         found = "no image" if millimetres is None else f"{millimetres.dtype} of shape {millimetres.shape}"

@@ -58,7 +58,7 @@ def _start(cluster: ClusterConfig) -> None:
         ray.init(**options)
     except Exception as error:  # Ray raises bare exceptions here
         where = "on this machine" if cluster.address is None else f"at {cluster.address}"
-        raise RuntimeError(
+        raise ConnectionError(
             f"Ray did not start {where}: {error}. A very busy machine or too little shared memory (see "
             "cluster.object_store_gb), or no cluster at that address"
         ) from error

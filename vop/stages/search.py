@@ -31,6 +31,10 @@ class SearchError(RuntimeError):
     """A search that cannot be started, or a shard that does not answer."""
 
 
+class NoRoomError(SearchError):
+    """A search that the cluster has no room for, however often it is tried."""
+
+
 @dataclass(frozen=True)
 class Timed:
     """An answer and the seconds that it took the shard."""
@@ -209,14 +213,14 @@ def shard_rows(database_size: int, retrieval: RetrievalConfig) -> list[np.ndarra
 def search_shards(search: Search, reuse: Reuse, run: str) -> Iterator[Shards]:
     """Start one actor per shard of the database, and end them afterwards; `run` is the id that its metrics bear.
 
-    The memory of every actor is declared to Ray. Raises `SearchError` where the nodes have not that much.
+    The memory of every actor is declared to Ray. Raises `NoRoomError` where the nodes have not that much.
     """
     parts = shard_rows(len(search.database), search.retrieval)
     needed = [search.memory_bytes(len(rows)) for rows in parts]
     _check_memory(needed)
     cards = int(search.retrieval.device == "cuda")
     if cards * len(parts) > cluster.gpus():
-        raise SearchError(
+        raise NoRoomError(
             f"retrieval.device=cuda needs a graphics card for each of {len(parts)} search shards, but the cluster has "
             f"{cluster.gpus()}: use fewer retrieval.shards or retrieval.device=cpu"
         )
@@ -249,13 +253,13 @@ def search_shards(search: Search, reuse: Reuse, run: str) -> Iterator[Shards]:
 
 
 def _check_memory(needed: list[int]) -> None:
-    """Place shards on nodes as Ray does, one by one; raises `SearchError` at the first for which there is no room."""
+    """Place shards on nodes as Ray does, one by one; raises `NoRoomError` at the first for which there is no room."""
     offered = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
     left = list(offered)
     for placed, size in enumerate(needed):
         node = next((i for i, free in enumerate(left) if free >= size), None)
         if node is None:
-            raise SearchError(
+            raise NoRoomError(
                 f"the database needs {sum(needed) / 1e9:.3g} GB of memory in {len(needed)} search shards of up to "
                 f"{max(needed) / 1e9:.3g} GB, but only {placed} of them fit on the nodes of the cluster "
                 f"({len(offered)}, with {sum(offered) / 1e9:.3g} GB in all, {max(offered) / 1e9:.3g} GB the largest): "

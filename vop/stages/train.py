@@ -129,7 +129,7 @@ def _fitted(trainer: TorchTrainer, ended: queue.Queue) -> None:
 def _awaited(ended: queue.Queue, board, told: Callable[[dict], None], patience_s: float) -> BaseException | None:
     """Pass on the rows of the board until the training has ended; returns what it ended with, None: well.
 
-    Raises `RuntimeError` if no row comes for `patience_s` seconds.
+    Raises `TimeoutError` if no row comes for `patience_s` seconds.
     """
     since = time.monotonic()
     while True:
@@ -145,7 +145,7 @@ def _awaited(ended: queue.Queue, board, told: Callable[[dict], None], patience_s
             return error
         since = time.monotonic() if rows else since
         if time.monotonic() - since > patience_s:
-            raise RuntimeError(
+            raise TimeoutError(
                 f"training has not moved for {patience_s:g} s (cluster.no_progress_timeout_s): are there too few CPUs "
                 "or GPUs for its workers, or is a disk full? The same command goes on from the last checkpoint"
             )

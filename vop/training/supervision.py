@@ -19,6 +19,7 @@ import torch
 from vop import files
 from vop.cameras import Cameras, CamerasError, KnownCamera
 from vop.datasets.posed import decode_depth
+from vop.foreign_hdf5 import member
 from vop.hloc import key
 from vop.schema import Config
 from vop.training.labels import Correspondence, PatchLabels, depth_correspondence, patch_labels
@@ -138,7 +139,7 @@ def read_depth(path: str) -> np.ndarray:
         data = files.read_bytes(path)
         if path.endswith((".h5", ".hdf5")):
             with h5py.File(io.BytesIO(data), "r") as file:
-                depth = np.asarray(file["depth"], np.float32)
+                depth = np.asarray(member(file, "depth"), np.float32)  # nothing there: an array of no axes
             if depth.ndim != 2:
                 raise ValueError(f"{path} has {depth.ndim} axes")
             return depth
@@ -265,9 +266,12 @@ class PreparedSupervision:
             return PatchLabels(nothing, nothing.int(), nothing, ~everywhere, ~everywhere, everywhere, everywhere)
         try:
             for ends in (names, names[::-1]):
-                if (place := "/".join(map(key, ends))) in file:
-                    matrix = np.asarray(file[place]["gt_labels"]) == 1
-                    counts = np.asarray(file[place].get("label_confs", matrix), np.int32)
+                if (group := member(file, "/".join(map(key, ends)))) is not None:
+                    matrix, counts = (member(group, name) for name in ("gt_labels", "label_confs"))
+                    if matrix is None:
+                        return LabelError("labels cannot be read")
+                    matrix = np.asarray(matrix) == 1
+                    counts = np.asarray(matrix if counts is None else counts, np.int32)
                     break
             else:
                 return LabelError("pair not in the file of labels")
