@@ -132,7 +132,7 @@ def test_images_that_are_not_there_are_status_3_and_one_line(capsys, tmp_path, l
 
 def test_a_report_of_no_run_says_so(capsys, tmp_path):
     status, _, err = output_of(capsys, "report", f"output={tmp_path}/run")
-    assert status == 3
+    assert status == 2
     assert f"{tmp_path}/run" in err
     assert "Traceback" not in err
 

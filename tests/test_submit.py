@@ -1,9 +1,12 @@
 """`vop submit` without a cluster: what is checked, uploaded and said. With one: tests/test_jobs.py."""
 
+import asyncio
 import importlib
 import json
+import os
 import runpy
 import shlex
+import signal
 import socket
 import sys
 import threading
@@ -246,7 +249,11 @@ class Client:
             if self.breaks and number == 2:
                 self.breaks -= 1
                 raise RuntimeError("WebSocket connection closed unexpectedly")
-            yield line
+            if line == signal.SIGINT:
+                os.kill(os.getpid(), line)
+                await asyncio.sleep(10)
+            else:
+                yield line
 
     def get_job_info(self, job):
         from ray.job_submission import JobStatus
@@ -292,10 +299,11 @@ def test_no_wait_says_how_to_follow_and_stop(capsys, monkeypatch):
 
 
 def test_interrupting_leaves_the_job_alone(capsys, monkeypatch):
-    client = Client()
-    monkeypatch.setattr(submit, "followed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    client = Client(lines=["first\n", signal.SIGINT, "second\n"])
     assert submitted(monkeypatch, client) == INTERRUPTED
     out = capsys.readouterr().out
+    assert "first\n" in out
+    assert "second\n" not in out
     assert "the job goes on" in out
     assert "ray job stop --address http://h:1 raysubmit_1" in out
     assert not hasattr(client, "stop_job")  # it would have been called in vain

@@ -1,5 +1,6 @@
 """The table of relative pose scores: its columns, its numbers as flat metrics, and Markdown to read."""
 
+import html
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -142,7 +143,7 @@ def _section(title: str, same: list[str], titles: list[str], table: list[dict]) 
 
 
 def _written(row: dict) -> dict:
-    scene = row["scene"].replace("|", "\\|") or "–"
+    scene = html.escape(" ".join(row["scene"].split()), quote=False).replace("|", "\\|") or "–"
     return row | {key: _shown(key, row[key]) for key in SCORES} | {"scene": scene}
 
 
