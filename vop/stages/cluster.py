@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,6 +56,7 @@ def _start(cluster: ClusterConfig) -> None:
             "object_store_memory": int(memory * 1e9) if memory else None,
             "include_dashboard": False,
         }
+    told_to_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises bare exceptions here
@@ -62,6 +65,8 @@ def _start(cluster: ClusterConfig) -> None:
             f"Ray did not start {where}: {error}. A very busy machine or too little shared memory (see "
             "cluster.object_store_gb), or no cluster at that address"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, told_to_end)  # Ray's own handler would exit with code 15
 
 
 def cpus() -> int:
@@ -102,6 +107,7 @@ def whole_blocks(config: ClusterConfig) -> Iterator[None]:
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     # Its advice to declare memory comes every 30 s, in twelve lines, of every process that holds a model.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     with ray.data.DataContext.current(context):
@@ -109,6 +115,9 @@ def whole_blocks(config: ClusterConfig) -> Iterator[None]:
 
 
 def rows(dataset: ray.data.Dataset) -> Iterator[dict]:
-    """The rows of a dataset as they come."""
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from block.to_pylist()
+    """The rows of a dataset as they come. Raises what a worker raised, as that is: the reason is not Ray's."""
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from block.to_pylist()
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
