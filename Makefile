@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 LIGHTGLUE := .venv-lightglue
 
-.PHONY: demo test test-lightglue train lint clean
+.PHONY: demo test test-lightglue faults train lint clean
 
 # Any change of the requirements installs again; the stamp is written last, so a broken install is tried anew.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ demo: $(VENV)/installed
 # (pytest-xdist would start files with few tests last, which are the longest here; tests/conftest.py orders them.)
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Strikes real jobs with every fault and writes docs/reliability.md.
+faults: $(VENV)/installed
+	VOP_WRITE_RELIABILITY=1 $(VENV)/bin/python -m pytest tests/fault_matrix.py
 
 # Trains xfeat's encoder on half of two walks through rooms and judges it on the rest: 8 minutes on two cores.
 # DATA holds rgbd_kitchen/ and rgbd_office/, each with cameras.json, images and name.depth.png.
