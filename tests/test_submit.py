@@ -369,6 +369,18 @@ def test_exit_codes_by_meaning():
     assert [(str(error), exit_code(error)) for error, _ in expected] == [(str(error), code) for error, code in expected]
 
 
+def test_the_reason_is_that_of_the_worker():
+    from ray.exceptions import RayTaskError
+
+    inner = OSError(28, "No space left on device")
+    outer = RayTaskError("f", "File ...\nFile ...", inner, ip="x", pid=1).as_instanceof_cause()
+    assert exit_codes.reason(outer) == exit_codes.reason(inner) == "[Errno 28] No space left on device"
+    assert exit_codes.reason(KeyError()) == "KeyError"
+    advice = "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, ..."
+    assert exit_codes.reason(OSError(28, "No space left on device", advice)) == "[Errno 28] No space left on device"
+    assert exit_codes.reason(ValueError(f"no store at x\n{advice}")) == "no store at x"
+
+
 def test_the_last_lines_of_a_job(capsys, monkeypatch, tmp_path):
     pipeline = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "vop.pipeline", pipeline)
