@@ -58,7 +58,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without the trace that Ray puts around one of a worker, and its advice on retries after it."""
+    """What an error says, without the trace that Ray puts around one of a worker, and its advice on retries."""
     inner = getattr(error, "cause", None)
     if isinstance(inner, BaseException):
         return reason(inner)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shlex
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -193,6 +194,9 @@ def _ask(address: str) -> None:
             pass
     except urllib.error.HTTPError:
         pass  # Ray's client says what is wrong
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # Ray's client knows other certificates
+            raise
 
 
 class _Log:
