@@ -164,7 +164,7 @@ def test_code_is_uploaded_and_nothing_else(tmp_path):
     wanted = ("my_package/layout.py", "my_package/__init__.py", "configs/a.yaml", "README.md", "kept/logs/a.py")
     tree(here, *wanted, "photos/a.jpg", "photos/b.JPG", "photos/c.jpeg", "store/shard-00000.parquet", "x/feats.h5",
          ".git/config", ".venv/pyvenv.cfg", ".venv/lib/a.py", "odd [env]/pyvenv.cfg", "odd [env]/bin/activate.py",
-         "my_package/__pycache__/a.cpython-311.pyc", "old run/run.json", "old run/report.html", "s/manifest.json",
+         "my_package/__pycache__/a.cpython-311.pyc", "old run/run.json", "old run/report.html",
          ".env", "server.pem", "data/scene.npz", "weights.pth", "ignored/a.py", "kept/logs.txt", "kept/secret.yaml",
          ".pytest_cache/x.py", "all/a.py")  # fmt: skip
     (here / ".gitignore").write_text("ignored/\n")

@@ -35,7 +35,7 @@ EXCLUDES = (  # patterns as in .gitignore
     *("*.parquet", "*.h5", "*.hdf5", "*.np[yz]", "*.db", "*.ply", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.onnx"),
     *("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z"),
 )
-MARKS = ("pyvenv.cfg", "run.json", "manifest.json")  # in a virtual environment, a run directory, a store
+MARKS = ("pyvenv.cfg", "run.json")  # in a virtual environment, in a run directory
 LARGEST = 100_000_000  # bytes; Ray keeps packages in the memory of the head, and takes 500 MB at most
 MOST_FILES = 20_000
 LONGEST = 100_000  # bytes of a command; Linux takes 128 KiB
