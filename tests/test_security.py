@@ -30,6 +30,7 @@ from vop.image import ImageError, decode
 from vop.models.weights import WeightsError, read_tensors
 from vop.names import UnsafeNameError, checked, inside, problem
 from vop.pickled import PickledError
+from vop.pose.results import COUNTS, RESULTS, markdown
 from vop.store import EmbeddingStore
 from vop.training.supervision import LabelError, PreparedSupervision, read_depth
 
@@ -257,6 +258,18 @@ def test_depth_maps_are_bounded_too(monkeypatch):
     monkeypatch.setattr(image.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="60000x60000"):
         decode_depth(png_header(60_000, 60_000))
+
+
+# Results
+
+
+def test_names_of_scenes_are_text_in_markdown():
+    row = dict.fromkeys(RESULTS.names) | {"unit": "query", "k": 1, "protocol": "fixed", "estimator": "opencv"}
+    row |= {"threshold_px": 1.0, "auc@5": 0.5} | dict.fromkeys(COUNTS, 1)
+    rows = [row | {"scene": "a|b\n<script>alert(1)</script>"}, row | {"scene": "other"}]
+    text = markdown(pa.Table.from_pylist(rows, schema=RESULTS))
+    assert "| a\\|b &lt;script&gt;alert(1)&lt;/script&gt; |" in text
+    assert "<script" not in text
 
 
 # Weights

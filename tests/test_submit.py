@@ -164,7 +164,7 @@ def test_code_is_uploaded_and_nothing_else(tmp_path):
     wanted = ("my_package/layout.py", "my_package/__init__.py", "configs/a.yaml", "README.md", "kept/logs/a.py")
     tree(here, *wanted, "photos/a.jpg", "photos/b.JPG", "photos/c.jpeg", "store/shard-00000.parquet", "x/feats.h5",
          ".git/config", ".venv/pyvenv.cfg", ".venv/lib/a.py", "odd [env]/pyvenv.cfg", "odd [env]/bin/activate.py",
-         "my_package/__pycache__/a.cpython-311.pyc", "old run/run.json", "old run/report.html", "s/manifest.json",
+         "my_package/__pycache__/a.cpython-311.pyc", "old run/run.json", "old run/report.html",
          ".env", "server.pem", "data/scene.npz", "weights.pth", "ignored/a.py", "kept/logs.txt", "kept/secret.yaml",
          ".pytest_cache/x.py", "all/a.py")  # fmt: skip
     (here / ".gitignore").write_text("ignored/\n")
@@ -367,6 +367,18 @@ def test_exit_codes_by_meaning():
         (raised(SearchError("shard 1 failed"), in_a_worker(KeyError("bug"))), 1),
     ]  # fmt: skip
     assert [(str(error), exit_code(error)) for error, _ in expected] == [(str(error), code) for error, code in expected]
+
+
+def test_the_reason_is_that_of_the_worker():
+    from ray.exceptions import RayTaskError
+
+    inner = OSError(28, "No space left on device")
+    outer = RayTaskError("f", "File ...\nFile ...", inner, ip="x", pid=1).as_instanceof_cause()
+    assert exit_codes.reason(outer) == exit_codes.reason(inner) == "[Errno 28] No space left on device"
+    assert exit_codes.reason(KeyError()) == "KeyError"
+    advice = "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, ..."
+    assert exit_codes.reason(OSError(28, "No space left on device", advice)) == "[Errno 28] No space left on device"
+    assert exit_codes.reason(ValueError(f"no store at x\n{advice}")) == "no store at x"
 
 
 def test_the_last_lines_of_a_job(capsys, monkeypatch, tmp_path):

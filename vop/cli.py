@@ -8,7 +8,7 @@ import traceback
 
 from vop import config
 from vop.config import Config, ConfigError
-from vop.exit_codes import DONE, MEANINGS, described, exit_code
+from vop.exit_codes import DONE, MEANINGS, described, exit_code, reason
 
 COMMANDS = {
     "embed": "bring a store of descriptors up to date with a collection",
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = [text if "=" in text else f"output={text}" for text in overrides]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupted)  # of a scheduler or `ray job stop`: told like Ctrl-C
-    resolved, code, reason = None, DONE, ""
+    resolved, code, why = None, DONE, ""
     try:
         if options.command == "submit":
             return _submitted(options, config.load(files, [*overrides, "cluster.address=auto"]))
@@ -121,17 +121,17 @@ def main(arguments: list[str] | None = None) -> int:
         run = getattr(pipeline, options.command.replace("-", "_"))(resolved)
         print(run.summary(), flush=True)
     except (Exception, KeyboardInterrupt) as error:
-        code, reason = exit_code(error), str(error).strip() or type(error).__name__
-        told = f"vop {options.command} failed: {reason}"
+        code, why = exit_code(error), reason(error)
+        told = f"vop {options.command} failed: {why}"
         if isinstance(error, ConfigError):
-            told = f"vop: {reason}"
+            told = f"vop: {why}"
         elif isinstance(error, KeyboardInterrupt):
             told = "vop: interrupted; the same command continues where it stopped"
         elif not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
             traceback.print_exc()
         print(told, file=sys.stderr, flush=True)
     if any(text.startswith("cluster.address=") for text in overrides) or (resolved and resolved.cluster.address):
-        print(_verdict(options.command, code, resolved, reason), flush=True)
+        print(_verdict(options.command, code, resolved, why), flush=True)
     return code
 
 
@@ -146,12 +146,12 @@ def _submitted(options: argparse.Namespace, resolved: Config) -> int:
     )
 
 
-def _verdict(command: str, code: int, resolved: Config | None, reason: str) -> str:
+def _verdict(command: str, code: int, resolved: Config | None, why: str) -> str:
     """The last lines of a job."""
     lines = [f"status     vop {command}: exit code {described(code)}"]
     if resolved is not None:
         lines.append(f"result     {resolved.store_path if command == 'embed' else resolved.output}")
-    return "\n".join([*lines, *([f"reason     {reason}"] if code else [])])
+    return "\n".join([*lines, *([f"reason     {why}"] if code else [])])
 
 
 def _interrupted(*_: object) -> None:

@@ -72,7 +72,7 @@ def _at(error: OmegaConfBaseException) -> str:
 
 
 def _from_file(name: str) -> tuple[str, object]:
-    check_uri("the name of a config file", name)
+    check_uri("the name of a config file", str(name))
     try:
         return name, OmegaConf.create(files.read_bytes(name).decode())
     except FileNotFoundError as error:

@@ -1,5 +1,7 @@
 """Exit codes: how a command ended, for the scripts and schedulers that decide what to do next."""
 
+import re
+
 DONE, FAILED, IMPOSSIBLE, UNUSABLE, IN_USE, CLUSTER, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 MEANINGS = {
@@ -28,6 +30,7 @@ CODES = {
     "builtins.OSError": CLUSTER,
     "builtins.MemoryError": CLUSTER,
     "ray.exceptions.RayError": CLUSTER,
+    "ray.data.exceptions.ExecutionTimeoutError": CLUSTER,
     "builtins.KeyboardInterrupt": INTERRUPTED,
 }
 # Errors around others: what stands inside decides, and where nothing known does, the innermost of these.
@@ -38,6 +41,7 @@ AROUND = {
     "ray.data.exceptions.SystemException": FAILED,
     "ray.train.TrainingFailedError": CLUSTER,
 }
+ADVICE = re.compile(r"(?:\n|: ')Failed to apply UDF transform")
 
 
 def exit_code(error: BaseException) -> int:
@@ -51,6 +55,14 @@ def exit_code(error: BaseException) -> int:
         around = AROUND.get(known, around)
         inner = getattr(inner, "cause", None) or inner.__cause__
     return FAILED if around is None else around
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without the trace that Ray puts around one of a worker, and its advice on retries."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, BaseException):
+        return reason(inner)
+    return ADVICE.split(str(error))[0].strip() or type(error).__name__
 
 
 def described(code: int) -> str:

@@ -24,6 +24,9 @@ from vop.stages.watch import Watch
 # Ray Data tells on the console that its bars are off and that a dataset is done; warnings and errors stay.
 logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+# Of an error in a worker it prints the trace twice, and an invitation to report it to Ray; it is raised as well.
+for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+    logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def whole_blocks(config: ClusterConfig) -> Iterator[None]:
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True
+    context.raise_original_map_exception = True  # wrapped, a full disk could not be told from an error in the code
     # Its advice to declare memory comes every 30 s, in twelve lines, of every process that holds a model.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     with ray.data.DataContext.current(context):

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shlex
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -34,7 +35,7 @@ EXCLUDES = (  # patterns as in .gitignore
     *("*.parquet", "*.h5", "*.hdf5", "*.np[yz]", "*.db", "*.ply", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.onnx"),
     *("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z"),
 )
-MARKS = ("pyvenv.cfg", "run.json", "manifest.json")  # in a virtual environment, a run directory, a store
+MARKS = ("pyvenv.cfg", "run.json")  # in a virtual environment, in a run directory
 LARGEST = 100_000_000  # bytes; Ray keeps packages in the memory of the head, and takes 500 MB at most
 MOST_FILES = 20_000
 LONGEST = 100_000  # bytes of a command; Linux takes 128 KiB
@@ -193,6 +194,9 @@ def _ask(address: str) -> None:
             pass
     except urllib.error.HTTPError:
         pass  # Ray's client says what is wrong
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # Ray's client knows other certificates
+            raise
 
 
 class _Log:
