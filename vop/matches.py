@@ -181,13 +181,14 @@ class MatchStore(ShardStore):
         with files.atomic(files.join(self.path, f"{shard_name(number)}.parquet")) as (filesystem, inner):
             pq.write_table(table, inner, filesystem=filesystem, compression="zstd", use_dictionary=False,
                            write_statistics=False, write_page_checksum=True)  # fmt: skip
+            digest = files.sha256(inner)
         names = zip(*(table[name].to_pylist() for name in ("image0", "image1")), strict=True)
         failed = [
             {"row": row, "name": f"{image0} {image1}", "reason": error}
             for row, ((image0, image1), error) in enumerate(zip(names, errors, strict=True))
             if error is not None
         ]
-        return self.write_receipt(number, table.num_rows - len(failed), failed)
+        return self.write_receipt(number, table.num_rows - len(failed), failed, digest)
 
 
 def _bounds(shards: np.ndarray) -> tuple[list[int], list[int]]:

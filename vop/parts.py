@@ -44,20 +44,24 @@ class Parts:
 
     def read_one(self, number: int) -> pa.Table:
         """One part."""
-        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
-        return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+        path = files.join(self.path, f"{number:06d}.parquet")
+        filesystem, inner = files.resolve(path)
+        with files.answered(path):
+            return pq.read_table(inner, filesystem=filesystem, partitioning=None)
 
     def described(self, number: int) -> tuple[int, pa.Schema]:
         """Rows and schema of one part, without its content."""
-        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        path = files.join(self.path, f"{number:06d}.parquet")
+        filesystem, inner = files.resolve(path)
+        with files.answered(path), pq.ParquetFile(inner, filesystem=filesystem) as file:
             return file.metadata.num_rows, file.schema_arrow
 
     @classmethod
     def all_of(cls, directory: str, kind: str) -> list["Parts"]:
         """The parts of this kind that lie in a directory, whatever inputs they follow from."""
         filesystem, inner = files.resolve(directory)
-        found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        with files.answered(directory):
+            found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
         names = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
         return [cls(directory, name[len(kind) + 1 :], kind) for name in names if name.startswith(f"{kind}-")]
 

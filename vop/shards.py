@@ -76,23 +76,22 @@ class ShardStore:
 
     def receipts(self) -> dict[int, dict]:
         """Receipts by shard number. A receipt that is not whole JSON counts as missing."""
-        found = {}
-        for name in files.listing(self.path):
-            if name.startswith("shard-") and name.endswith(".json"):
-                try:
-                    found[int(name[6:-5])] = files.read_json(files.join(self.path, name))
-                except ValueError:
-                    continue
-        return found
+        names = [name for name in files.listing(self.path) if name.startswith("shard-") and name.endswith(".json")]
+        found = files.concurrently(_receipt, [files.join(self.path, name) for name in names])
+        numbers = (int(name[6:-5]) for name in names)
+        return {number: receipt for number, receipt in zip(numbers, found, strict=True) if receipt is not None}
 
-    def write_receipt(self, number: int, ok: int, quarantined: list[dict]) -> dict:
-        """Vouch for a shard whose Parquet is written; returns the receipt. `quarantined`: image_id, name, reason."""
+    def write_receipt(self, number: int, ok: int, quarantined: list[dict], sha256: str) -> dict:
+        """Vouch for a shard whose Parquet, with this hash, is written; returns the receipt.
+
+        `quarantined`: image_id, name, reason.
+        """
         receipt = {
             "shard": number,
             "rows": ok + len(quarantined),
             "ok": ok,
             "quarantined": quarantined,
-            "sha256": files.sha256(files.join(self.path, f"{shard_name(number)}.parquet")),
+            "sha256": sha256,
         }
         files.write_json(files.join(self.path, f"{shard_name(number)}.json"), receipt)
         return receipt
@@ -116,10 +115,16 @@ class ShardStore:
 
     @contextmanager
     def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
-        filesystem, inner = files.resolve(files.join(self.path, f"{shard_name(number)}.parquet"))
+        path = files.join(self.path, f"{shard_name(number)}.parquet")
+        filesystem, inner = files.resolve(path)
         try:
-            with pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True) as file:
+            with (
+                files.answered(path),
+                pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True) as file,
+            ):
                 yield file
+        except PermissionError:
+            raise
         except (OSError, pa.ArrowInvalid) as error:  # a missing file, a cut one, a page of another checksum
             receipt = f"{shard_name(number)}.json"
             reason = str(error).strip()
@@ -143,7 +148,8 @@ class ImageStore(ShardStore):
         """The catalog (`vop.catalog.SCHEMA`); empty before the first plan."""
         filesystem, inner = files.resolve(files.join(self.path, "images.parquet"))
         try:
-            return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+            with files.answered(self.path):
+                return pq.read_table(inner, filesystem=filesystem, partitioning=None)
         except FileNotFoundError:
             return catalog.SCHEMA.empty_table()
 
@@ -205,6 +211,13 @@ class ImageStore(ShardStore):
                 f"run {self.MADE_BY} on the collection that holds them"
             )
         return live.filter(pc.is_in(live["name"], wanted))
+
+
+def _receipt(path: str) -> dict | None:
+    try:
+        return files.read_json(path)
+    except ValueError:
+        return None
 
 
 def _flat(value: dict, prefix: str = "") -> dict[str, object]:

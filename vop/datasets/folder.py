@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 import pyarrow.fs as pafs
 
-from vop.files import absolute, is_uri, join, read_bytes, resolve
+from vop.files import absolute, answered, concurrently, is_uri, join, read_bytes, resolve
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"),
@@ -28,7 +28,7 @@ _WITH_INTRINSICS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """One image of a collection.
 
@@ -56,7 +56,7 @@ class Collection:
         return len(self.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     path: str
     size: int
@@ -110,7 +110,8 @@ def list_images(sources: str | os.PathLike | Sequence[str | os.PathLike], root: 
 def _expand(source: str, root: str | None, skipped: Counter) -> tuple[str, list[_File]]:
     """The folder that a source's names are relative to by default, and its files."""
     filesystem, inner = resolve(source)
-    info = filesystem.get_file_info(inner)
+    with answered(source):
+        info = filesystem.get_file_info(inner)
     if info.type == pafs.FileType.Directory:
         return source, _images_only(_walk(source, skipped), skipped)
     if info.type == pafs.FileType.File:
@@ -158,7 +159,11 @@ def _walk(folder: str, skipped: Counter, depth: int | None = None) -> Iterator[_
         stat = os.stat(inner)  # noqa: PTH116
         yield from _walk_local(inner, folder, {(stat.st_dev, stat.st_ino)}, depth, skipped)
         return
-    for info in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True)):
+    with answered(folder):  # without folders in between: a request for every 1,000 files is the fewest there can be
+        infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True))
+    infos.reverse()
+    while infos:  # each is let go as it is taken, not after a second list of all of them is made
+        info = infos.pop()
         inside = info.path[len(inner.rstrip("/")) + 1 :]
         if not info.is_file:
             continue
@@ -242,17 +247,14 @@ def _read_list(source: str, root: str | None) -> tuple[str, list[_File]]:
 
 
 def _stat(paths: list[str]) -> list[_File]:
-    """Sizes and times of files, one call per run of paths on the same file system."""
-    files = []
-    for _, run in itertools.groupby(paths, _host):
-        run = list(run)
-        infos = resolve(run[0])[0].get_file_info([resolve(path)[1] for path in run])
-        files.extend(_file(path, info) for path, info in zip(run, infos, strict=True))
-    return files
+    """Sizes and times of files."""
 
+    def stat(path: str) -> _File:
+        filesystem, inner = resolve(path)
+        with answered(path):
+            return _file(path, filesystem.get_file_info(inner))
 
-def _host(path: str) -> str:
-    return "/".join(path.split("/", 3)[:3]) if is_uri(path) else ""
+    return concurrently(stat, paths)
 
 
 def _file(path: str, info: pafs.FileInfo) -> _File:
