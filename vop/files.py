@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 # Requests to S3 that fail for a reason that may pass are sent again after 0, 50, 100, ... 12,800 ms: 25 s in all. The
@@ -30,6 +32,10 @@ AT_ONCE = 16  # requests under way for many small files: each is mostly waiting
 PART = 10 << 20  # bytes; S3 takes what is smaller in one request, and pyarrow sends larger files in pieces of this size
 PARTS_IN_FLIGHT = 4
 
+PIECE = 8 << 20  # bytes hashed at a time
+SMALL = 1 << 20  # bytes up to which a file is fetched at once: a request costs more than they do
+
+_MISTAKEN = ("Failed to flush response stream", "during CompleteMultipartUpload operation")
 _CREDENTIALS = re.compile(r"[?&](access_key|secret_key|session_token|x-amz-[a-z]+)=", re.IGNORECASE)
 _OPTIONS = re.compile(r"[?&](endpoint_override|scheme|region|allow_\w+|tls_\w+|retry_\w+)=", re.IGNORECASE)
 _S3_ERROR = re.compile(r"AWS Error (?P<code>\w+)(?: \(HTTP status (?P<status>\d+)\))?")
@@ -66,7 +72,7 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def _plain(uri: str) -> str:
-    """The URI, if it says where something lies and nothing else; errors repeat no more of it than is safe to log."""
+    """The URI, if it says where something lies and nothing else; errors repeat no secret of it."""
     scheme, rest = uri.split("://", 1)
     bucket = rest.split("/", 1)[0]
     if "@" in bucket or _CREDENTIALS.search(uri):
@@ -162,6 +168,35 @@ def answered(path: str | os.PathLike) -> Iterator[None]:
         raise StorageError(f"the store of {path}{where} cannot do what it was asked: {error}") from error
 
 
+def again(act: Callable[[], Result]) -> Result:
+    """What `act()` returns, after more tries where S3 answered with an error that pyarrow takes for another.
+
+    An error in more bytes than were asked for is an error of the buffer that takes them; and an upload may be completed
+    twice, the second time in vain.
+    """
+    for tried in itertools.count():
+        try:
+            return act()
+        except OSError as error:
+            if not any(text in str(error) for text in _MISTAKEN) or tried == RETRIES:
+                raise
+            time.sleep(0.025 * 2**tried)
+
+
+@contextmanager
+def opened(path: str | os.PathLike, whole: bool = False) -> Iterator[pa.NativeFile]:
+    """A file to be read here and there, such as Parquet. From a store a small one is fetched at once, or any if `whole`.
+
+    Raises what `answered` does, for what is read inside the context too.
+    """
+    filesystem, inner = resolve(path)
+    with answered(path), filesystem.open_input_file(inner) as file:
+        if is_local(path) or not (whole or file.size() <= SMALL):
+            yield file
+        else:
+            yield pa.BufferReader(again(lambda: file.read_at(file.size(), 0)))
+
+
 def concurrently(function: Callable[[Item], Result], paths: Iterable[Item]) -> list[Result]:
     """The results of a function that reads one path, in order: `AT_ONCE` at a time where they are in a store."""
     paths = list(paths)
@@ -171,19 +206,29 @@ def concurrently(function: Callable[[Item], Result], paths: Iterable[Item]) -> l
         return list(pool.map(function, paths))
 
 
-def exists(path: str | os.PathLike) -> bool:
-    """Whether a file or folder is there."""
+def info(path: str | os.PathLike) -> pafs.FileInfo:
+    """What is at a path: its type (perhaps NotFound), and of a file size and time."""
     filesystem, inner = resolve(path)
     with answered(path):
-        return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
+        return filesystem.get_file_info(inner)
+
+
+def entries(directory: str | os.PathLike, recursive: bool = False) -> list[pafs.FileInfo]:
+    """Files and folders in a folder, unsorted, or all below it; none if it is not there."""
+    filesystem, inner = resolve(directory)
+    with answered(directory):
+        return filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True, recursive=recursive))
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether a file or folder is there."""
+    return info(path).type != pafs.FileType.NotFound
 
 
 def listing(directory: str | os.PathLike) -> dict[str, int]:
     """Names and sizes in bytes of the files directly in a folder, sorted; empty if the folder is not there."""
-    filesystem, inner = resolve(directory)
-    with answered(directory):
-        infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.base_name) if info.is_file}
+    found = {each.base_name: each.size for each in entries(directory) if each.is_file}
+    return dict(sorted(found.items()))
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -193,7 +238,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         with filesystem.open_input_stream(inner) as stream:
             return stream.read()
     with answered(path), filesystem.open_input_file(inner) as file:
-        return file.read(file.size())  # in one request; without a size pyarrow asks for 256 KiB at a time
+        return again(lambda: file.read_at(file.size(), 0))  # without a size pyarrow asks for 256 KiB at a time
 
 
 @contextmanager
@@ -234,7 +279,7 @@ def atomic(path: str | os.PathLike) -> Iterator[tuple[pafs.FileSystem, str]]:
             yield pafs.LocalFileSystem(), str(temporary)
             # In a thread: Ctrl-C is raised in the main one, and would publish what was sent so far.
             with answered(path), ThreadPoolExecutor(1) as other:
-                other.submit(_upload, temporary, str(path)).result()
+                other.submit(again, lambda: _upload(temporary, str(path))).result()
         return
     target = Path(inner)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +325,7 @@ def remove(path: str | os.PathLike) -> None:
     """Delete a file or a folder with its content; nothing happens if it is not there."""
     filesystem, inner = resolve(path)
     with answered(path):
-        kind = filesystem.get_file_info(inner).type
+        kind = info(path).type
         if kind == pafs.FileType.Directory:
             filesystem.delete_dir(inner)
         elif kind == pafs.FileType.File:
@@ -291,7 +336,7 @@ def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's content, read in pieces."""
     filesystem, inner = resolve(path)
     digest = hashlib.sha256()
-    with answered(path), filesystem.open_input_stream(inner) as stream:
-        while piece := stream.read(8 << 20):
-            digest.update(piece)
+    with answered(path), filesystem.open_input_file(inner) as file:
+        for start in range(0, file.size(), PIECE):
+            digest.update(again(lambda start=start: file.read_at(PIECE, start)))
     return digest.hexdigest()

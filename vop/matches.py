@@ -107,9 +107,8 @@ class MatchStore(ShardStore):
 
     def catalog(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """All planned pairs (`CATALOG`), their shards (n,) and their rows inside the shard (n,)."""
-        filesystem, inner = files.resolve(files.join(self.path, "pairs.parquet"))
         try:
-            with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            with files.opened(files.join(self.path, "pairs.parquet")) as source, pq.ParquetFile(source) as file:
                 sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
                 table = file.read()
         except FileNotFoundError:
@@ -119,8 +118,7 @@ class MatchStore(ShardStore):
 
     def planned(self, number: int) -> pa.Table:
         """The pairs of one shard, as they were planned."""
-        filesystem, inner = files.resolve(files.join(self.path, "pairs.parquet"))
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        with files.opened(files.join(self.path, "pairs.parquet")) as source, pq.ParquetFile(source) as file:
             return file.read_row_group(number)
 
     def plan(self, wanted: pa.Table, shard_size: int) -> list[int]:

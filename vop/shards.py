@@ -12,9 +12,8 @@ order of runs, so that a killed and repeated run leaves the same bytes as an und
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vop import catalog, files
+
+Result = TypeVar("Result")
 
 
 class StoreError(ValueError):
@@ -98,37 +99,37 @@ class ShardStore:
 
     def read_shard(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Columns of a shard. Raises `StoreError` if the file is missing or is not whole Parquet."""
-        with self._parquet(number) as file:
-            return file.read(columns)
+        return self._read(number, lambda file: file.read(columns))
 
     def read_around(self, number: int, rows: np.ndarray, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
         """Columns of those row groups of a shard that hold these rows (n,), and where in them the rows are, (n,).
 
         Raises `StoreError` as `read_shard` does.
         """
-        with self._parquet(number) as file:
+
+        def read(file: pq.ParquetFile) -> tuple[pa.Table, np.ndarray]:
             sizes = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
             ends = np.cumsum(sizes)
             groups, group = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
             skipped = (ends - sizes)[groups] - (np.cumsum(sizes[groups]) - sizes[groups])
             return file.read_row_groups(groups.tolist(), columns), rows - skipped[group]
 
-    @contextmanager
-    def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
+        return self._read(number, read)
+
+    def _read(self, number: int, read: Callable[[pq.ParquetFile], Result]) -> Result:
+        """What `read` takes from a shard."""
         path = files.join(self.path, f"{shard_name(number)}.parquet")
-        filesystem, inner = files.resolve(path)
         try:
-            with (
-                files.answered(path),
-                pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True) as file,
-            ):
-                yield file
+            with files.opened(path) as source:
+                return files.again(
+                    lambda: read(pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True))
+                )
         except PermissionError:
             raise
         except (OSError, pa.ArrowInvalid) as error:  # a missing file, a cut one, a page of another checksum
             receipt = f"{shard_name(number)}.json"
             reason = str(error).strip()
-            raise StoreError(f"cannot read {inner}: {reason}. Delete {receipt} and run {self.MADE_BY} again") from error
+            raise StoreError(f"cannot read {path}: {reason}. Delete {receipt} and run {self.MADE_BY} again") from error
 
     def verify(self) -> Iterator[str]:
         """Yield what is wrong with the files: shards whose content is not what their receipt says."""
@@ -146,10 +147,9 @@ class ImageStore(ShardStore):
 
     def images(self) -> pa.Table:
         """The catalog (`vop.catalog.SCHEMA`); empty before the first plan."""
-        filesystem, inner = files.resolve(files.join(self.path, "images.parquet"))
         try:
-            with files.answered(self.path):
-                return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+            with files.opened(files.join(self.path, "images.parquet")) as file:
+                return pq.read_table(file)
         except FileNotFoundError:
             return catalog.SCHEMA.empty_table()
 

@@ -97,8 +97,7 @@ class SceneInfo:
 def _read(dataset: DatasetConfig, scene: str) -> SceneInfo:
     path = layout.place(dataset, dataset.model or MODEL, scene)
     prefix = layout.below_root(dataset, dataset.images or "", scene)
-    filesystem, inner = files.resolve(path)
-    with filesystem.open_input_file(inner) as file, np.load(file, allow_pickle=True) as info:  # None needs pickle
+    with files.opened(path, whole=True) as file, np.load(file, allow_pickle=True) as info:  # None needs pickle
         lacking = {"image_paths", "depth_paths", "intrinsics", "poses"} - set(info)
         if lacking or not {"overlap_matrix", "pair_infos"} & set(info):
             wanted = ", ".join(sorted(lacking)) or "both overlap_matrix and pair_infos"
