@@ -1,17 +1,28 @@
 """Artefacts in an object store: a real S3-compatible server on this machine, through a proxy that disturbs it."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fault_proxy import Plan, every
+from processes import Job, kill_dataset_workers
 
-from vop import files
-from vop.config import ConfigError, load
+from vop import files, pipeline
+from vop.config import Config, ConfigError, load
+from vop.datasets.folder import list_images
 from vop.files import StorageError
+from vop.schema import ClusterConfig
+from vop.shards import ShardStore
 
 PART = files.PART
 
@@ -219,3 +230,120 @@ files.write_bytes(sys.argv[1], b"x" * (3 * files.PART))
     _, said = child.communicate(timeout=60)
     assert b"KeyboardInterrupt" in said
     assert [len(content) for content in store.objects().values()] in ([], [3 * PART])
+
+
+def asked(images: str, output: str, **more) -> Config:
+    return load(
+        images=images,
+        output=output,
+        truth=images,
+        embedding={"shard_size": 2, "batch_size": 2, "encoders": 1},
+        retrieval={"query_batch": 4, "shards": 2},
+        report={"queries": 3},
+        **more,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc")
+def test_a_run_in_a_bucket_killed_and_disturbed_equals_one_on_disk(store, local_ray, rendered_collection, tmp_path):
+    """Embed, register and report; every eleventh request fails, and the driver and its workers are ended by SIGKILL."""
+    pipeline.register(asked(str(rendered_collection), str(tmp_path / "run")))
+    told = asked(store.put(rendered_collection, "images"), store.uri("run"))
+    store.proxy.reset(Plan(every(11, ["500", "503", "reset", "cut"])))
+    driver = Job("register", dataclasses.replace(told, cluster=ClusterConfig(address=local_ray)), tmp_path)
+    try:
+        driver.wait_until(lambda: any(r.method == "PUT" and "/shard-00" in r.path and r.path.endswith(".json")
+                                      for r in store.proxy.requests[-50:]))  # fmt: skip
+    finally:
+        driver.kill()
+        kill_dataset_workers()
+    done = [name for name in store.objects("run/store") if name.startswith("shard-") and name.endswith(".json")]
+    assert 1 <= len(done) < 12
+
+    job = pipeline.register(told)
+    assert job.counts["embedded_now"] <= 24 - 2 * len(done)
+    assert len(store.proxy.disturbed()) > 20
+    assert store.unfinished_uploads() == 0
+    local = {str(path.relative_to(tmp_path / "run")): path.read_bytes()
+             for path in (tmp_path / "run").rglob("*") if path.is_file()}  # fmt: skip
+    there = store.objects("run")
+    assert set(there) == set(local)
+    told_apart = {"config.yaml", "run.json", "report.html", "store/images.parquet"}  # by paths, seconds, times of files
+    assert [name for name in sorted(local) if there[name] != local[name] and name not in told_apart] == []
+
+    store.proxy.reset()
+    pipeline.report(load(output=store.uri("run")))
+    page = store.objects("run")["report.html"].decode()
+    assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) <= {"data:", "https:"}  # all that it shows is in it
+    assert not re.findall(r'src="(?!data:)', page)
+
+
+def test_receipts_are_read_many_at_a_time(store):
+    """With 20 ms from here to the store, 200 receipts would take 8 s one after the other: two requests for each."""
+    for number in range(200):
+        files.write_json(store.uri("store", f"shard-{number:05d}.json"), {"shard": number})
+    files.write_bytes(store.uri("store", "shard-00200.json"), b'{"torn": ')
+    store.proxy.reset(Plan(latency_s=0.02))
+    since = time.monotonic()
+    receipts = ShardStore(store.uri("store"), {}).receipts()
+    assert time.monotonic() - since < 4
+    assert receipts == {number: {"shard": number} for number in range(200)}
+    assert store.proxy.counted() == {"LIST": 1, "HEAD": 201, "GET": 201}
+
+
+KEYS = 100_000
+
+
+class Pages(BaseHTTPRequestHandler):
+    """Lists the keys photos/000/0000000.jpg ..., 1,000 a page, as S3 does; knows nothing else."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        Pages.asked.append(self.path)
+        query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
+        start, size = int(query.get("continuation-token", 0)), int(query.get("max-keys", 1000))
+        end = min(start + size, KEYS)
+        keys = (f"<Contents><Key>photos/{i // 1000:03d}/{i:07d}.jpg</Key><Size>{i}</Size>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>" for i in range(start, end))  # fmt: skip
+        told = (f"<KeyCount>{end - start}</KeyCount><IsTruncated>{str(end < KEYS).lower()}</IsTruncated>"
+                f"<NextContinuationToken>{end}</NextContinuationToken>")  # fmt: skip
+        self._send(200, f"<ListBucketResult>{told}{''.join(keys)}</ListBucketResult>".encode())
+
+    def do_HEAD(self):
+        Pages.asked.append(f"HEAD {self.path}")
+        self._send(404, b"")
+
+    def _send(self, status: int, content: bytes):
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def test_a_listing_of_100_000_keys_asks_for_each_page_once(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        tracemalloc.start()
+        collection = list_images("s3://bucket/photos")
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        server.shutdown()
+        server.server_close()
+    assert len(collection) == KEYS
+    assert (collection.images[-1].name, collection.images[-1].size) == ("099/0099999.jpg", KEYS - 1)
+    heads = [path for path in Pages.asked if path.startswith("HEAD")]
+    assert len(heads) <= 2  # whether photos is a file, or the marker of a folder
+    assert len(Pages.asked) - len(heads) <= KEYS // 1000 + 1  # and whether anything is in it
+    assert most < 1.3 * held + 30e6
+    print(f"{held / 1e6:.0f} MB held, {most / 1e6:.0f} MB at most")

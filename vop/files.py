@@ -185,7 +185,7 @@ def again(act: Callable[[], Result]) -> Result:
 
 @contextmanager
 def opened(path: str | os.PathLike, whole: bool = False) -> Iterator[pa.NativeFile]:
-    """A file to be read here and there, such as Parquet. From a store a small one is fetched at once, or any if `whole`.
+    """A file to be read here and there, such as Parquet; a small one of a store, or any if `whole`, is fetched at once.
 
     Raises what `answered` does, for what is read inside the context too.
     """
