@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -333,11 +332,8 @@ def test_a_listing_of_100_000_keys_asks_for_each_page_once(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     try:
-        tracemalloc.start()
         collection = list_images("s3://bucket/photos")
-        held, most = tracemalloc.get_traced_memory()
     finally:
-        tracemalloc.stop()
         server.shutdown()
         server.server_close()
     assert len(collection) == KEYS
@@ -345,5 +341,3 @@ def test_a_listing_of_100_000_keys_asks_for_each_page_once(monkeypatch):
     heads = [path for path in Pages.asked if path.startswith("HEAD")]
     assert len(heads) <= 2  # whether photos is a file, or the marker of a folder
     assert len(Pages.asked) - len(heads) <= KEYS // 1000 + 1  # and whether anything is in it
-    assert most < 1.3 * held + 30e6
-    print(f"{held / 1e6:.0f} MB held, {most / 1e6:.0f} MB at most")
