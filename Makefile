@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 LIGHTGLUE := .venv-lightglue
 
-.PHONY: demo test test-lightglue faults train lint clean
+.PHONY: demo test test-lightglue test-nodes faults train lint clean
 
 # Any change of the requirements installs again; the stamp is written last, so a broken install is tried anew.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ $(LIGHTGLUE)/installed: pyproject.toml constraints.txt constraints-lightglue.txt
 
 test-lightglue: $(LIGHTGLUE)/installed
 	$(LIGHTGLUE)/bin/python -m pytest tests/test_lightglue.py
+
+# Two machines of Linux namespaces that share only a bucket; says why where the kernel permits none.
+test-nodes: $(VENV)/installed
+	VOP_TEST_NODES=1 $(VENV)/bin/python -m pytest tests/test_two_nodes.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/pre-commit run --all-files

@@ -1,4 +1,7 @@
-"""One local Ray and one rendered collection for all tests. The environment must stand before Ray is imported."""
+"""One local Ray, one rendered collection and one object store for all tests.
+
+The environment must stand before Ray is imported.
+"""
 
 import logging
 import os
@@ -13,8 +16,12 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
+from object_store import ObjectStore
 
 from vop.datasets import rendered
+
+STORE = ObjectStore()  # so far only an address: workers of Ray are told it when they start
+os.environ |= STORE.environment
 
 
 def pytest_collection_modifyitems(items):
@@ -50,6 +57,23 @@ def local_ray():
                 raise
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def running_store():
+    """An S3-compatible server on this machine, behind a proxy that disturbs it as a test asks."""
+    pytest.importorskip("moto", reason="needs moto[server,s3] (the extra dev)")
+    with STORE.running():
+        yield STORE
+
+
+@pytest.fixture
+def store(running_store):
+    """The same, undisturbed and with no requests counted, and an empty bucket for the test alone."""
+    running_store.new_bucket()
+    running_store.proxy.reset()
+    yield running_store
+    running_store.proxy.reset()
 
 
 @pytest.fixture(scope="session")

@@ -193,8 +193,14 @@ def test_a_relative_path_is_refused_with_a_cluster(key):
     told += ["train.supervision=labels"] * (key == "train.labels")
     with pytest.raises(ConfigError, match=f"{key} is the relative path 'relative/place'.*absolute path"):
         load([], [*told, f"{key}=relative/place"])
-    config = load([], [*told, f"{key}=gs://bucket/place"])
-    assert attrgetter(key)(config) == "gs://bucket/place"
+    place = "/shared/place" if key.endswith(".cache") else "gs://bucket/place"
+    assert attrgetter(key)(load([], [*told, f"{key}={place}"])) == place
+
+
+@pytest.mark.parametrize("key", ["retrieval.cache", "train.cache"])
+def test_what_is_mapped_into_memory_cannot_lie_in_a_bucket(key):
+    with pytest.raises(ConfigError, match=f"{key} is 's3://bucket/place', but must be a folder on a local disk"):
+        load([], [f"{key}=s3://bucket/place"])
 
 
 def test_a_value_that_is_no_yaml_is_refused_with_the_way_to_write_it():

@@ -189,7 +189,7 @@ def test_uris_of_local_files(tmp_path):
 def test_object_store(tmp_path, monkeypatch):
     """A folder stands in for the store: same calls, same paths (`bucket/key`)."""
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(vop.files, "_remote", lambda uri: store)
+    monkeypatch.setattr(vop.files, "_remote", lambda *bucket: store)
     touch(tmp_path, "bucket/photos/q/1.jpg", "bucket/photos/2.depth.png", "bucket/photos/.h/3.jpg", data=b"123")
     touch(tmp_path, "bucket/list.txt", data=b"photos/q/1.jpg\nphotos/gone.jpg\n")
     collection = list_images("s3://bucket/photos/")

@@ -228,8 +228,7 @@ class Cameras:
     @classmethod
     def read(cls, path: str, names: Collection[str] | None = None) -> "Cameras":
         """Read a table, or the rows of `names` that it has: only the row groups that may hold one are read."""
-        filesystem, inner = files.resolve(path)
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        with files.opened(path) as source, pq.ParquetFile(source, pre_buffer=True) as file:
             if not file.schema_arrow.equals(SCHEMA):
                 raise CamerasError(
                     f"{path} has the columns {file.schema_arrow.names}; expected those of cameras.parquet"

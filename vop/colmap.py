@@ -39,15 +39,14 @@ class ColmapError(ValueError):
 def database(path: str) -> "Iterator[pycolmap.Database]":
     """Open a new database. The file appears when the context ends without an error, whole, and replaces an older one.
 
-    Raises `ColmapError` for a path in a bucket, ImportError without pycolmap.
+    Raises ImportError without pycolmap.
     """
-    if files.is_uri(path) and not path.startswith("file://"):
-        raise ColmapError(f"{path} lies in a bucket, but SQLite needs random access: use a local file and copy it")
     with files.atomic(path) as (_, inner):
         with load_pycolmap().Database.open(inner) as db:
             yield db
-        for leftover in ("-wal", "-shm"):  # of the older database: SQLite would replay them into the new one
-            files.remove(f"{path}{leftover}")
+        if files.is_local(path):
+            for leftover in ("-wal", "-shm"):  # of the older database: SQLite would replay them into the new one
+                files.remove(f"{path}{leftover}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +86,10 @@ def guessed_camera(path: str, size: tuple[int, int]) -> ImageCamera:
     The focal length is that of its EXIF; images with the same camera and focal length there share one. Without, or
     where the file cannot be read here, it is `FOCAL_FACTOR` times the long side.
     """
-    local = not files.is_uri(path) and files.exists(path)
-    bitmap = load_pycolmap().Bitmap.read(path, False) if local else None
+    bitmap = None
+    if files.exists(path):
+        with files.at_hand(path) as local:
+            bitmap = load_pycolmap().Bitmap.read(local, False)
     focal, maker = (bitmap.exif_focal_length(), bitmap.exif_camera_model()) if bitmap else (None, None)
     width, height = size
     params = (focal or FOCAL_FACTOR * max(size), width / 2, height / 2, 0.0)

@@ -150,13 +150,13 @@ def _with_absolute_paths(config: Config) -> Config:
         if path is None:
             continue
         _check_absolute(name, path, config)
-        changed = dataclasses.replace(owner, **{key: files.absolute(path)})
+        changed = dataclasses.replace(owner, **{key: _absolute(name, path)})
         config = dataclasses.replace(config, **{section: changed}) if section else changed
     for name in ("weights", "encoder"):  # a weights name may also be a hub id, which is no path
         path = getattr(config, name)
-        if path and Path(path).expanduser().exists():
+        if path and (files.is_uri(path) or Path(path).expanduser().exists()):
             _check_absolute(name, path, config)
-            config = dataclasses.replace(config, **{name: files.absolute(path)})
+            config = dataclasses.replace(config, **{name: _absolute(name, path)})
     return config
 
 
@@ -166,6 +166,13 @@ def _check_absolute(name: str, path: str, config: Config) -> None:
             f"{name} is the relative path {path!r}, but the job runs on a cluster, whose processes have other "
             "working directories: give an absolute path on a file system that every node mounts, or a URI"
         )
+
+
+def _absolute(name: str, path: str) -> str:
+    try:
+        return files.absolute(path)
+    except ValueError as error:  # before the config is written anywhere
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def to_yaml(config: Config) -> str:

@@ -89,7 +89,8 @@ class FeatureStore(ImageStore):
             # keypoint would be believed.
             pq.write_table(table, inner, filesystem=filesystem, row_group_size=1, use_dictionary=False,
                            write_statistics=False, compression="none", write_page_checksum=True)  # fmt: skip
-        return self.write_receipt(number, table.num_rows, quarantined)
+            digest = files.sha256(inner)
+        return self.write_receipt(number, table.num_rows, quarantined, digest)
 
     def read(self, number: int, rows: np.ndarray) -> list[LocalFeatures]:
         """The features of these rows (n,) of a shard, in this order. Raises `StoreError` if it cannot be read."""

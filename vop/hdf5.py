@@ -51,9 +51,9 @@ class H5Error(ValueError):
 
 
 def local(path: str) -> str:
-    """The path of a file on a local disk. Raises `H5Error` for a bucket: HDF5 needs random access."""
-    if files.is_uri(path) and not path.startswith("file://"):
-        raise H5Error(f"h5={path} lies in a bucket, but HDF5 needs random access: use a local file and copy it")
+    """The path of a file on a local disk. Raises `H5Error` for a bucket: HDF5 reads here and there in a file."""
+    if not files.is_local(path):
+        raise H5Error(f"h5={path} lies in a bucket, but HDF5 reads here and there in a file: copy it to a local disk")
     return files.resolve(path)[1]
 
 
@@ -64,7 +64,7 @@ def export(
 
     `indices` are the lists of names below `indices/`, `cameras` the known ones by name. Descriptors keep the stored
     type; int8 patches are written as the float32 unit vectors that they stand for. The file appears when the iterator
-    is exhausted, whole. Raises `H5Error` for a bucket or a name that the layout has no place for.
+    is exhausted, whole. Raises `H5Error` for a name that the layout has no place for.
     """
     taken = next((name for name in selection.names if name.split("/")[0] == INDICES), None)
     if taken is not None:
@@ -74,7 +74,7 @@ def export(
     centers = patch_centers(features["preprocessing"]["image_size"])
     (shards, rows), scaled_sizes = selection.locations, selection.scaled_sizes
     checked(selection.names, selection.store.path)
-    with files.atomic(local(path)) as (_, inner), h5py.File(inner, "w") as h5:
+    with files.atomic(path) as (_, inner), h5py.File(inner, "w") as h5:
         h5.attrs["descriptors"] = column
         h5.attrs["vop_features"] = json.dumps(features)
         for key, names in indices.items():

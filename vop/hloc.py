@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from vop import files
 from vop.features import LocalFeatures
-from vop.hdf5 import local
 from vop.matches import matches_of
 from vop.pairs import PairsError, check_hloc_names
 
@@ -52,9 +51,9 @@ def check_names(names: Collection[str]) -> None:
 def write_features(path: str, parts: Iterable[Iterable[tuple[str, LocalFeatures]]]) -> Iterator[dict[str, int]]:
     """Write the features of named images, a part in memory at a time; yields the numbers of keypoints of each part.
 
-    The file appears when the iterator is exhausted, whole. Raises `vop.hdf5.H5Error` for a path in a bucket.
+    The file appears when the iterator is exhausted, whole.
     """
-    with files.atomic(local(path)) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
+    with files.atomic(path) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
         for part in parts:
             written = {}
             for name, found in part:
@@ -73,9 +72,9 @@ def write_matches(path: str, tables: Iterable[pa.Table], keypoints: Mapping[str,
     """Write the matches of pairs (image0, image1, matches, scores; a table in memory at a time); yields their numbers.
 
     `keypoints` says how many an image has. A pair stands in the file once; hloc looks for both orders. The file appears
-    when the iterator is exhausted, whole. Raises `vop.hdf5.H5Error` for a path in a bucket.
+    when the iterator is exhausted, whole.
     """
-    with files.atomic(local(path)) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
+    with files.atomic(path) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
         for table in tables:
             names = zip(*(table[side].to_pylist() for side in ("image0", "image1")), strict=True)
             scores = table["scores"].combine_chunks()

@@ -30,7 +30,7 @@ class Journal:
         self._lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         try:
             files.write_bytes(self.path, "".join(self._lines).encode())
-        except OSError as error:
+        except (OSError, files.StorageError) as error:
             if not self._lost:
                 print(f"vop: the journal {self.path} cannot be written: {error}", file=sys.stderr)
             self._lost = True

@@ -109,7 +109,7 @@ def _leased(directory: str, who: dict) -> Iterator[None]:
         raise
     finally:
         ended.set()
-        with suppress(OSError):
+        with suppress(OSError, files.StorageError):
             if lease.mine():
                 files.remove(lease.path)
 
@@ -141,7 +141,7 @@ class _Lease:
 
     def keep(self, ended: threading.Event) -> None:
         while not ended.wait(RENEWED_S):
-            with suppress(OSError):  # the store may come back before the lease expires
+            with suppress(OSError, files.StorageError):  # the store may come back before the lease expires
                 if not self.mine():
                     self.lost = True
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it where it waits

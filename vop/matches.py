@@ -107,9 +107,8 @@ class MatchStore(ShardStore):
 
     def catalog(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """All planned pairs (`CATALOG`), their shards (n,) and their rows inside the shard (n,)."""
-        filesystem, inner = files.resolve(files.join(self.path, "pairs.parquet"))
         try:
-            with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            with files.opened(files.join(self.path, "pairs.parquet")) as source, pq.ParquetFile(source) as file:
                 sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
                 table = file.read()
         except FileNotFoundError:
@@ -119,8 +118,7 @@ class MatchStore(ShardStore):
 
     def planned(self, number: int) -> pa.Table:
         """The pairs of one shard, as they were planned."""
-        filesystem, inner = files.resolve(files.join(self.path, "pairs.parquet"))
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        with files.opened(files.join(self.path, "pairs.parquet")) as source, pq.ParquetFile(source) as file:
             return file.read_row_group(number)
 
     def plan(self, wanted: pa.Table, shard_size: int) -> list[int]:
@@ -181,13 +179,14 @@ class MatchStore(ShardStore):
         with files.atomic(files.join(self.path, f"{shard_name(number)}.parquet")) as (filesystem, inner):
             pq.write_table(table, inner, filesystem=filesystem, compression="zstd", use_dictionary=False,
                            write_statistics=False, write_page_checksum=True)  # fmt: skip
+            digest = files.sha256(inner)
         names = zip(*(table[name].to_pylist() for name in ("image0", "image1")), strict=True)
         failed = [
             {"row": row, "name": f"{image0} {image1}", "reason": error}
             for row, ((image0, image1), error) in enumerate(zip(names, errors, strict=True))
             if error is not None
         ]
-        return self.write_receipt(number, table.num_rows - len(failed), failed)
+        return self.write_receipt(number, table.num_rows - len(failed), failed, digest)
 
 
 def _bounds(shards: np.ndarray) -> tuple[list[int], list[int]]:

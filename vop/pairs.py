@@ -66,9 +66,9 @@ def write(output: str, fingerprint: str, read: Callable[[], Iterable[pa.Table]])
 
 def written(output: str) -> str | None:
     """The fingerprint of the pairs.parquet of a run; None without one."""
-    filesystem, inner = files.resolve(files.join(output, "pairs.parquet"))
     try:
-        metadata = pq.read_schema(inner, filesystem=filesystem).metadata or {}
+        with files.opened(files.join(output, "pairs.parquet")) as file:
+            metadata = pq.read_schema(file).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
     return metadata.get(FINGERPRINT.encode(), b"").decode() or None
@@ -76,9 +76,8 @@ def written(output: str) -> str | None:
 
 def iterate_rows(path: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The pairs of a file in parts, as positions in `names`: query and database (R,) int32, weighted (R,) float32."""
-    filesystem, inner = files.resolve(path)
     known = pa.array(names, pa.string())
-    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+    with files.opened(path) as source, pq.ParquetFile(source) as file:
         for part in file.iter_batches(CHUNK, columns=["query", "database", "weighted"]):
             query, database = (pc.index_in(part[side], known).to_numpy() for side in ("query", "database"))
             yield query, database, part["weighted"].to_numpy()
@@ -86,8 +85,7 @@ def iterate_rows(path: str, names: Sequence[str]) -> Iterator[tuple[np.ndarray, 
 
 def read_rows(path: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All pairs of a file, as `iterate_rows` gives them."""
-    filesystem, inner = files.resolve(path)
-    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+    with files.opened(path) as source, pq.ParquetFile(source) as file:
         count = file.metadata.num_rows
     columns, start = tuple(np.empty(count, dtype) for dtype in (np.int32, np.int32, np.float32)), 0
     for part in iterate_rows(path, names):
@@ -140,14 +138,13 @@ def finish(output: str, names: Iterable[str], listed: str = "pairs.parquet") -> 
 
 def read_parquet(path: str) -> pa.Table:
     """All pairs of a file, by query and rank."""
-    filesystem, inner = files.resolve(path)
-    return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+    with files.opened(path) as file:
+        return pq.read_table(file)
 
 
 def iterate(path: str) -> Iterator[pa.Table]:
     """The pairs of a file, one row group at a time."""
-    filesystem, inner = files.resolve(path)
-    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+    with files.opened(path) as source, pq.ParquetFile(source) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group)
 

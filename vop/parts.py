@@ -44,21 +44,20 @@ class Parts:
 
     def read_one(self, number: int) -> pa.Table:
         """One part."""
-        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
-        return pq.read_table(inner, filesystem=filesystem, partitioning=None)
+        path = files.join(self.path, f"{number:06d}.parquet")
+        with files.opened(path) as file:
+            return pq.read_table(file)
 
     def described(self, number: int) -> tuple[int, pa.Schema]:
         """Rows and schema of one part, without its content."""
-        filesystem, inner = files.resolve(files.join(self.path, f"{number:06d}.parquet"))
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        path = files.join(self.path, f"{number:06d}.parquet")
+        with files.opened(path) as source, pq.ParquetFile(source) as file:
             return file.metadata.num_rows, file.schema_arrow
 
     @classmethod
     def all_of(cls, directory: str, kind: str) -> list["Parts"]:
         """The parts of this kind that lie in a directory, whatever inputs they follow from."""
-        filesystem, inner = files.resolve(directory)
-        found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-        names = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+        names = sorted(info.base_name for info in files.entries(directory) if info.type == pafs.FileType.Directory)
         return [cls(directory, name[len(kind) + 1 :], kind) for name in names if name.startswith(f"{kind}-")]
 
     def remove(self, but_these: bool = False) -> None:

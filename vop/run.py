@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from vop import config, files, lock, summary
+from vop.exit_codes import reason
 from vop.journal import Journal, now
 from vop.progress import Observer, Progress, progress
 
@@ -115,9 +116,9 @@ def start(cfg: config.Config, command: str) -> Iterator[Run]:
                 yield run
         except BaseException as error:
             outcome = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-            with suppress(OSError):  # the reason may be that nothing can be written
-                _recorded(run, outcome, reason=str(error) or type(error).__name__)
-            run.tell(outcome, reason=str(error), error=type(error).__name__, counts=run.counts)
+            with suppress(OSError, files.StorageError):  # the reason may be that nothing can be written
+                _recorded(run, outcome, reason=reason(error))
+            run.tell(outcome, reason=reason(error), error=type(error).__name__, counts=run.counts)
             raise
         if run.metrics:
             files.write_json(run.path("metrics.json"), run.metrics)

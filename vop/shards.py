@@ -12,9 +12,8 @@ order of runs, so that a killed and repeated run leaves the same bytes as an und
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,8 @@ import pyarrow.parquet as pq
 
 from vop import catalog, files
 from vop.names import SUSPECT, checked
+
+Result = TypeVar("Result")
 
 
 class StoreError(ValueError):
@@ -77,54 +78,59 @@ class ShardStore:
 
     def receipts(self) -> dict[int, dict]:
         """Receipts by shard number. A receipt that is not whole JSON counts as missing."""
-        found = {}
-        for name in files.listing(self.path):
-            if name.startswith("shard-") and name.endswith(".json"):
-                try:
-                    found[int(name[6:-5])] = files.read_json(files.join(self.path, name))
-                except ValueError:
-                    continue
-        return found
+        names = [name for name in files.listing(self.path) if name.startswith("shard-") and name.endswith(".json")]
+        found = files.concurrently(_receipt, [files.join(self.path, name) for name in names])
+        numbers = (int(name[6:-5]) for name in names)
+        return {number: receipt for number, receipt in zip(numbers, found, strict=True) if receipt is not None}
 
-    def write_receipt(self, number: int, ok: int, quarantined: list[dict]) -> dict:
-        """Vouch for a shard whose Parquet is written; returns the receipt. `quarantined`: image_id, name, reason."""
+    def write_receipt(self, number: int, ok: int, quarantined: list[dict], sha256: str) -> dict:
+        """Vouch for a shard whose Parquet, with this hash, is written; returns the receipt.
+
+        `quarantined`: image_id, name, reason.
+        """
         receipt = {
             "shard": number,
             "rows": ok + len(quarantined),
             "ok": ok,
             "quarantined": quarantined,
-            "sha256": files.sha256(files.join(self.path, f"{shard_name(number)}.parquet")),
+            "sha256": sha256,
         }
         files.write_json(files.join(self.path, f"{shard_name(number)}.json"), receipt)
         return receipt
 
     def read_shard(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Columns of a shard. Raises `StoreError` if the file is missing or is not whole Parquet."""
-        with self._parquet(number) as file:
-            return file.read(columns)
+        return self._read(number, lambda file: file.read(columns))
 
     def read_around(self, number: int, rows: np.ndarray, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
         """Columns of those row groups of a shard that hold these rows (n,), and where in them the rows are, (n,).
 
         Raises `StoreError` as `read_shard` does.
         """
-        with self._parquet(number) as file:
+
+        def read(file: pq.ParquetFile) -> tuple[pa.Table, np.ndarray]:
             sizes = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
             ends = np.cumsum(sizes)
             groups, group = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
             skipped = (ends - sizes)[groups] - (np.cumsum(sizes[groups]) - sizes[groups])
             return file.read_row_groups(groups.tolist(), columns), rows - skipped[group]
 
-    @contextmanager
-    def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
-        filesystem, inner = files.resolve(files.join(self.path, f"{shard_name(number)}.parquet"))
+        return self._read(number, read)
+
+    def _read(self, number: int, read: Callable[[pq.ParquetFile], Result]) -> Result:
+        """What `read` takes from a shard."""
+        path = files.join(self.path, f"{shard_name(number)}.parquet")
         try:
-            with pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True) as file:
-                yield file
+            with files.opened(path) as source:
+                return files.again(
+                    lambda: read(pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True))
+                )
+        except PermissionError:
+            raise
         except (OSError, pa.ArrowInvalid) as error:  # a missing file, a cut one, a page of another checksum
             receipt = f"{shard_name(number)}.json"
             reason = str(error).strip()
-            raise StoreError(f"cannot read {inner}: {reason}. Delete {receipt} and run {self.MADE_BY} again") from error
+            raise StoreError(f"cannot read {path}: {reason}. Delete {receipt} and run {self.MADE_BY} again") from error
 
     def verify(self) -> Iterator[str]:
         """Yield what is wrong with the files: shards whose content is not what their receipt says."""
@@ -145,9 +151,9 @@ class ImageStore(ShardStore):
 
         Raises `vop.names.UnsafeNameError` for a name that leads out of the folder of the images.
         """
-        filesystem, inner = files.resolve(files.join(self.path, "images.parquet"))
         try:
-            images = pq.read_table(inner, filesystem=filesystem, partitioning=None)
+            with files.opened(files.join(self.path, "images.parquet")) as file:
+                images = pq.read_table(file)
         except FileNotFoundError:
             return catalog.SCHEMA.empty_table()
         suspect = images["name"].filter(pc.match_substring_regex(images["name"], SUSPECT))
@@ -212,6 +218,13 @@ class ImageStore(ShardStore):
                 f"run {self.MADE_BY} on the collection that holds them"
             )
         return live.filter(pc.is_in(live["name"], wanted))
+
+
+def _receipt(path: str) -> dict | None:
+    try:
+        return files.read_json(path)
+    except ValueError:
+        return None
 
 
 def _flat(value: dict, prefix: str = "") -> dict[str, object]:

@@ -206,7 +206,8 @@ class EmbeddingStore(ImageStore):
             in_bytes = ["patches.list.element"] if int8 else False
             pq.write_table(table, inner, filesystem=filesystem, row_group_size=GROUP_ROWS, use_dictionary=in_bytes,
                            write_statistics=False, compression="none")  # fmt: skip
-        return self.write_receipt(number, table.num_rows, quarantined)
+            digest = files.sha256(inner)
+        return self.write_receipt(number, table.num_rows, quarantined, digest)
 
     def select(self, names: Sequence[str] | None = None) -> Selection:
         """The live images, all or those named, in database order.

@@ -52,8 +52,7 @@ def open_cameras(source: str, root: str, names: Collection[str]) -> Cameras:
 
 def _sources(source: str) -> list[str]:
     """The cameras.json files and the folders of COLMAP models at a source."""
-    filesystem, inner = files.resolve(source)
-    kind = filesystem.get_file_info(inner).type
+    kind = files.info(source).type
     if kind == pafs.FileType.NotFound:
         raise FileNotFoundError(f"no cameras at {source}: give a cameras.json, a COLMAP model or a folder of either")
     found = [source] if kind == pafs.FileType.File else list(_walk(source, DEPTH))
@@ -72,9 +71,7 @@ def _walk(folder: str, depth: int) -> Iterator[str]:
     elif colmap.is_model(folder):
         yield folder
     elif depth:
-        filesystem, inner = files.resolve(folder)
-        infos = filesystem.get_file_info(pafs.FileSelector(inner))
-        for name in sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory):
+        for name in sorted(info.base_name for info in files.entries(folder) if info.type == pafs.FileType.Directory):
             if not name.startswith("."):
                 yield from _walk(files.join(folder, name), depth - 1)
 

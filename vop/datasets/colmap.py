@@ -102,10 +102,9 @@ def known_camera(name: str, camera, pose: np.ndarray | None, world: str) -> Know
 
 
 def _open(folder: str):
-    if files.is_uri(folder):
-        raise CamerasError(f"the COLMAP model {folder} is not on a local disk, where pycolmap reads it: copy it there")
     try:
-        return load_pycolmap().Reconstruction(folder)
+        with files.at_hand(folder) as local:
+            return load_pycolmap().Reconstruction(local)
     except ValueError as error:
         raise CamerasError(f"{folder} cannot be read as a COLMAP model: {error}") from error
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 import pyarrow.fs as pafs
 
-from vop.files import absolute, is_uri, join, read_bytes, resolve
+from vop.files import absolute, concurrently, entries, info, is_uri, join, read_bytes, resolve
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"),
@@ -28,7 +28,7 @@ _WITH_INTRINSICS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """One image of a collection.
 
@@ -56,7 +56,7 @@ class Collection:
         return len(self.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     path: str
     size: int
@@ -109,14 +109,13 @@ def list_images(sources: str | os.PathLike | Sequence[str | os.PathLike], root: 
 
 def _expand(source: str, root: str | None, skipped: Counter) -> tuple[str, list[_File]]:
     """The folder that a source's names are relative to by default, and its files."""
-    filesystem, inner = resolve(source)
-    info = filesystem.get_file_info(inner)
-    if info.type == pafs.FileType.Directory:
+    there = info(source)
+    if there.type == pafs.FileType.Directory:
         return source, _images_only(_walk(source, skipped), skipped)
-    if info.type == pafs.FileType.File:
+    if there.type == pafs.FileType.File:
         if source.lower().endswith(".txt"):
             return _read_list(source, root)
-        return posixpath.dirname(source), [_file(source, info)]
+        return posixpath.dirname(source), [_file(source, there)]
     wildcard = re.search(r"[*?\[]", source)
     if not wildcard:
         raise FileNotFoundError(f"{source} does not exist: neither a folder, nor a list (.txt), nor an image")
@@ -158,14 +157,17 @@ def _walk(folder: str, skipped: Counter, depth: int | None = None) -> Iterator[_
         stat = os.stat(inner)  # noqa: PTH116
         yield from _walk_local(inner, folder, {(stat.st_dev, stat.st_ino)}, depth, skipped)
         return
-    for info in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True)):
-        inside = info.path[len(inner.rstrip("/")) + 1 :]
-        if not info.is_file:
+    infos = entries(folder, recursive=True)  # a request for every 1,000 files, the fewest there can be
+    infos.reverse()
+    while infos:  # each is let go as it is taken, not after a second list of all of them is made
+        found = infos.pop()
+        inside = found.path[len(inner.rstrip("/")) + 1 :]
+        if not found.is_file:
             continue
         if any(part.startswith(".") for part in inside.split("/")):
             skipped["hidden"] += 1
         else:
-            yield _file(join(folder, inside), info)
+            yield _file(join(folder, inside), found)
 
 
 def _walk_local(folder: str, shown: str, above: set, depth: int | None, skipped: Counter) -> Iterator[_File]:
@@ -242,23 +244,14 @@ def _read_list(source: str, root: str | None) -> tuple[str, list[_File]]:
 
 
 def _stat(paths: list[str]) -> list[_File]:
-    """Sizes and times of files, one call per run of paths on the same file system."""
-    files = []
-    for _, run in itertools.groupby(paths, _host):
-        run = list(run)
-        infos = resolve(run[0])[0].get_file_info([resolve(path)[1] for path in run])
-        files.extend(_file(path, info) for path, info in zip(run, infos, strict=True))
-    return files
+    """Sizes and times of files."""
+    return [_file(path, there) for path, there in zip(paths, concurrently(info, paths), strict=True)]
 
 
-def _host(path: str) -> str:
-    return "/".join(path.split("/", 3)[:3]) if is_uri(path) else ""
-
-
-def _file(path: str, info: pafs.FileInfo) -> _File:
-    if not info.is_file:
+def _file(path: str, there: pafs.FileInfo) -> _File:
+    if not there.is_file:
         return _File(path, -1, -1)
-    return _File(path, info.size, -1 if info.mtime_ns is None else info.mtime_ns)
+    return _File(path, there.size, -1 if there.mtime_ns is None else there.mtime_ns)
 
 
 def _image(file: "_File | ImageFile", root: str) -> ImageFile:

@@ -11,7 +11,6 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import scipy.sparse as sparse
 
 from vop import files
@@ -87,8 +86,7 @@ def scenes(dataset: DatasetConfig, template: str, problems: list[str] | None = N
 
 def _entries(folder: str) -> list[str]:
     """Names of files and folders directly in a folder; none if it is not there."""
-    filesystem, inner = files.resolve(folder)
-    return [info.base_name for info in filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))]
+    return [info.base_name for info in files.entries(folder)]
 
 
 def lacking(path: str, holds: str) -> list[str]:
@@ -106,9 +104,7 @@ def image_files(dataset: DatasetConfig, names: Iterable[str], scene: str = "") -
         path = files.join(dataset.root, name)
         folder, base = posixpath.split(path)
         if folder not in listed:
-            filesystem, inner = files.resolve(folder)
-            infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-            listed[folder] = {info.base_name: info for info in infos if info.is_file}
+            listed[folder] = {info.base_name: info for info in files.entries(folder) if info.is_file}
         info = listed[folder].get(base)
         size, modified = (-1, -1) if info is None else (info.size, -1 if info.mtime_ns is None else info.mtime_ns)
         found.append(ImageFile(name, path, size, modified, scene))

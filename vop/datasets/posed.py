@@ -216,8 +216,8 @@ def read_overlap(path) -> OverlapTruth:
     """
     if not files.exists(path):
         raise FileNotFoundError(f"no overlap file at {path}")
-    filesystem, inner = files.resolve(path)
-    table = pq.read_table(inner, filesystem=filesystem)
+    with files.opened(path) as file:
+        table = pq.read_table(file)
     missing = {"query", "database", "overlap"} - set(table.column_names)
     if missing:
         raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {table.column_names}")

@@ -79,13 +79,10 @@ def _from_cameras(folder: str, root: str) -> dict[str, np.ndarray]:
 
 
 def _from_table(path: str) -> Mapping[str, np.ndarray]:
-    filesystem, inner = files.resolve(path)
-    if path.lower().endswith(".parquet"):
-        table = pq.read_table(inner, filesystem=filesystem, partitioning=None)
-    else:
-        types = csv.ConvertOptions(column_types={"name": pa.string()} | dict.fromkeys(MEANING, pa.float64()))
-        with filesystem.open_input_stream(inner) as stream:
-            table = csv.read_csv(stream, convert_options=types)
+    types = csv.ConvertOptions(column_types={"name": pa.string()} | dict.fromkeys(MEANING, pa.float64()))
+    with files.opened(path, whole=True) as file:
+        parquet = path.lower().endswith(".parquet")
+        table = pq.read_table(file) if parquet else csv.read_csv(file, convert_options=types)
     columns = set(table.column_names)
     chosen = next((c for c in (("x", "y", "z"), ("x", "y"), ("lat", "lon")) if {"name", *c} <= columns), None)
     if chosen is None:
@@ -100,8 +97,7 @@ def _from_table(path: str) -> Mapping[str, np.ndarray]:
 
 def _gps(path: str) -> np.ndarray | None:
     """Position (3,) of a photograph by its GPS tags; None without them, or if they cannot be read."""
-    filesystem, inner = files.resolve(path)
-    with filesystem.open_input_file(inner) as stream:  # seekable: only the head of the file is read
+    with files.opened(path, whole=True) as stream:  # seekable: of a local file only the head is read
         try:
             with Image.open(stream) as image:
                 tags = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)

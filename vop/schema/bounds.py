@@ -16,3 +16,8 @@ def positive(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(f"{section}.{name}", value, value is None or value > 0, "greater than 0")
+
+
+def local_folder(name: str, path: str | None) -> None:
+    """Require that a folder is null or on a disk of every node: what is mapped into memory cannot lie in a bucket."""
+    require(name, path, path is None or "://" not in path, "a folder on a local disk, which files are mapped from")

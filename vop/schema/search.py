@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vop.schema.bounds import positive, require
+from vop.schema.bounds import local_folder, positive, require
 
 ILLUSTRATED = 48  # queries of which a search keeps what a report needs
 
@@ -61,6 +61,7 @@ class RetrievalConfig:
         require("retrieval.patch_probe", self.patch_probe, self.patch_probe is None or self.patch_index is not None,
                  "null without a retrieval.patch_index")  # fmt: skip
         require("retrieval.patch_margin", self.patch_margin, self.patch_margin >= 0, "0 or positive")
+        local_folder("retrieval.cache", self.cache)
         require("retrieval.device", self.device, self.device in ("cpu", "cuda"), "cpu or cuda")
         require("retrieval.device", self.device, self.device == "cpu" or self.patch_index is None,
                  "cpu with a retrieval.patch_index")  # fmt: skip

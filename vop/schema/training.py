@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vop.schema.bounds import positive, require
+from vop.schema.bounds import local_folder, positive, require
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class TrainConfig:
                  self.gpus_per_worker is None or self.gpus_per_worker >= 0, "0, positive or null")  # fmt: skip
         for name in ("weight_decay", "negatives_per_scene", "decay_from", "max_failures"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or positive")
+        local_folder("train.cache", self.cache)
         positive("train", self, "epochs", "batch_size", "accumulate", "learning_rate", "descriptor_dim",
                   "positives_per_scene", "overlap_bins", "validation_pairs", "validation_images", "warps", "min_pixels",
                   "checkpoint_steps", "workers")  # fmt: skip

@@ -166,11 +166,6 @@ def check(config: Config) -> None:
     asked = {key: value for key in ("hloc", "colmap") if (value := getattr(config.export, key)) is not None}
     if not asked:
         raise ConfigError("export-matches needs export.hloc=FOLDER or export.colmap=FILE, what to write")
-    for key, path in asked.items():
-        if files.is_uri(path) and not path.startswith("file://"):
-            raise ConfigError(
-                f"export.{key}={path} lies in a bucket, but such files need random access: use a local path, and copy"
-            )
     if "colmap" in asked:
         try:
             load_pycolmap()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 from tqdm import tqdm
 
 from vop import catalog, config, files, journal, lock
@@ -143,9 +142,8 @@ def _of_pairs(store: MatchStore, since: datetime | None) -> Stage:
 
 def _of_parts(told: Config, search: dict, since: datetime | None) -> Stage:
     """The search: its parts as long as they lie there, afterwards what the run said."""
-    filesystem, inner = files.resolve(told.output)
-    found = filesystem.get_file_info(pafs.FileSelector(inner))
-    folder = next((info.base_name for info in found if info.base_name.startswith("parts-")), None)
+    names = (info.base_name for info in files.entries(told.output))
+    folder = next((name for name in names if name.startswith("parts-")), None)
     if folder is None:
         return Stage("search", "queries", search["done"], search["total"])
     path, size = files.join(told.output, folder), told.retrieval.query_batch
@@ -158,8 +156,7 @@ def _left(path: str, rows: Mapping[str, int], remaining: int, since: datetime | 
     """Seconds that the rest will take at the rate at which the latest files of this run came; rows: of each file."""
     if since is None or not remaining:
         return None
-    filesystem, inner = files.resolve(path)
-    found = [info for info in filesystem.get_file_info(pafs.FileSelector(inner)) if info.base_name in rows]
+    found = [info for info in files.entries(path) if info.base_name in rows]
     latest = sorted((info.mtime, rows[info.base_name]) for info in found if info.mtime >= since)[-RECENT:]
     if len(latest) < 2 or latest[0][0] == latest[-1][0]:
         return None

@@ -4,6 +4,7 @@ checkpoints/step-00000400.safetensors    weights and what the optimizer remember
 checkpoints/step-00000400.json           epoch, place in it, step, best score; written last, with the other's hash
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,8 +30,9 @@ class Progress:
 def write(folder: str, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
     """Write a checkpoint, then delete those before the last two."""
     name = f"step-{progress.step:08d}"
-    files.write_bytes(files.join(folder, f"{name}.safetensors"), save(tensors))
-    digest = files.sha256(files.join(folder, f"{name}.safetensors"))
+    data = save(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    files.write_bytes(files.join(folder, f"{name}.safetensors"), data)
     files.write_json(files.join(folder, f"{name}.json"), asdict(progress) | {"sha256": digest})
     for old in _names(folder)[:-KEPT]:
         for suffix in (".json", ".safetensors"):
@@ -42,9 +44,9 @@ def latest(folder: str) -> tuple[Progress, dict[str, torch.Tensor]] | None:
     for name in reversed(_names(folder)):
         try:
             record = files.read_json(files.join(folder, f"{name}.json"))
-            path = files.join(folder, f"{name}.safetensors")
-            if record.pop("sha256") == files.sha256(path):
-                return Progress(**record), load(files.read_bytes(path))
+            data = files.read_bytes(files.join(folder, f"{name}.safetensors"))
+            if record.pop("sha256") == hashlib.sha256(data).hexdigest():
+                return Progress(**record), load(data)
         except (ValueError, KeyError, TypeError, OSError, SafetensorError):
             continue
     return None

@@ -125,8 +125,8 @@ class History:
         self.path = files.join(folder, HISTORY)
         self.rows: list[dict] = []
         if files.exists(self.path):
-            filesystem, inner = files.resolve(self.path)
-            rows = pq.read_table(inner, filesystem=filesystem).to_pylist()
+            with files.opened(self.path) as file:
+                rows = pq.read_table(file).to_pylist()
             self.rows = [row for row in rows if row["step"] <= step]  # later ones are done again
 
     def add(self, row: dict) -> None:

@@ -169,8 +169,8 @@ class PointSupervision:
 
     def __init__(self, points: str, size: int):
         self.size = size
-        filesystem, inner = files.resolve(points)
-        table = pq.read_table(inner, filesystem=filesystem)
+        with files.opened(points) as file:
+            table = pq.read_table(file)
         self.rows, self.table = {name: row for row, name in enumerate(table["name"].to_pylist())}, table
 
     def labels(self, pairs: Sequence[dict]) -> list[PatchLabels | LabelError]:
