@@ -45,7 +45,7 @@ lint: $(VENV)/installed
 # No index is written into the files.
 UV ?= uv
 TORCH_CPU ?= --torch-backend cpu
-LOCK := $(UV) pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --only-binary :all: \
+LOCK := $(UV) pip compile --quiet --python-version 3.11.14 --python-platform x86_64-manylinux_2_28 --only-binary :all: \
     --generate-hashes --no-annotate --no-header --no-emit-index-url --constraint constraints.txt
 
 lock:
