@@ -141,7 +141,8 @@ def test_only_who_must_reaches_a_cluster():
     assert all(label.items() <= pod["metadata"]["labels"].items() for pod in pods())
     own, *others = policy["spec"]["ingress"]
     assert own == {"from": [{"podSelector": {"matchLabels": label}}]}
-    assert all(rule["from"] and rule["ports"] for rule in others)
+    assert all("namespaceSelector" in peer for rule in others for peer in rule["from"])
+    assert [port["port"] for rule in others for port in rule["ports"]] == [8265, 8080]
     for spec in specs():
         assert spec["authOptions"]["mode"] == "token"
         assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
@@ -186,6 +187,20 @@ def test_groups_of_cards_of_cores_and_of_machines_that_may_go():
         assert spot["template"]["spec"]["nodeSelector"].keys() == {spot["template"]["spec"]["tolerations"][0]["key"]}
         for group in (gpu, cpu, spot):
             assert group["minReplicas"] == group["replicas"] < group["maxReplicas"]
+
+
+def test_rays_autoscaler_reads_what_is_meant():
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    types = _derive_autoscaling_config_from_ray_cr(resources("RayCluster")[0])["available_node_types"]
+    assert {name: found["resources"] for name, found in types.items()} == {
+        "headgroup": {"CPU": 0, "memory": 0},
+        "gpu": {"CPU": 8, "GPU": 1, "memory": 12_000_000_000},
+        "cpu": {"CPU": 16, "memory": 40_000_000_000},
+        "spot": {"CPU": 16, "memory": 40_000_000_000},
+    }
+    assert {name: found["min_workers"] for name, found in types.items() if found["min_workers"]} == {"cpu": 2}
+    assert types["spot"]["priority"] > types["cpu"].get("priority", 0)
 
 
 def checked(config: dict) -> dict:
