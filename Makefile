@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 LIGHTGLUE := .venv-lightglue
 
-.PHONY: demo test test-lightglue test-nodes faults train lint clean
+.PHONY: demo test test-lightglue test-nodes faults train lint lock clean
 
 # Any change of the requirements installs again; the stamp is written last, so a broken install is tried anew.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -47,6 +47,19 @@ test-nodes: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/pre-commit run --all-files
+
+# What the images of cluster/ install, with hashes: for their platform, whatever this machine is. It needs uv, and for the
+# CPU build of torch a place to find it: PyTorch's own index, which uv knows, or TORCH_CPU='--find-links FOLDER'.
+# No index is written into the files.
+UV ?= uv
+TORCH_CPU ?= --torch-backend cpu
+LOCK := $(UV) pip compile --quiet --python-version 3.11.14 --python-platform x86_64-manylinux_2_28 --only-binary :all: \
+    --generate-hashes --no-annotate --no-header --no-emit-index-url --constraint constraints.txt
+
+lock:
+	$(LOCK) --extra gpu pyproject.toml cluster/requirements.in --output-file cluster/requirements-gpu.lock
+	echo torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu | $(LOCK) --extra cpu $(TORCH_CPU) --override - \
+	    pyproject.toml cluster/requirements.in --output-file cluster/requirements-cpu.lock
 
 clean:
 	rm -rf $(VENV) $(LIGHTGLUE) demo run train build dist *.egg-info
