@@ -7,7 +7,7 @@ import pyarrow.fs as pafs
 import pytest
 from bad_images import write_zoo
 
-import vop.files
+import vop.storage
 from vop.datasets.folder import list_images
 
 
@@ -189,7 +189,7 @@ def test_uris_of_local_files(tmp_path):
 def test_object_store(tmp_path, monkeypatch):
     """A folder stands in for the store: same calls, same paths (`bucket/key`)."""
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(vop.files, "_remote", lambda *bucket: store)
+    monkeypatch.setattr(vop.storage, "remote", lambda *bucket: store)
     touch(tmp_path, "bucket/photos/q/1.jpg", "bucket/photos/2.depth.png", "bucket/photos/.h/3.jpg", data=b"123")
     touch(tmp_path, "bucket/list.txt", data=b"photos/q/1.jpg\nphotos/gone.jpg\n")
     collection = list_images("s3://bucket/photos/")

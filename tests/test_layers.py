@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"schema", "config", "files", "exit_codes"},
+    {"schema", "config", "files", "storage", "exit_codes"},
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"lock", "journal", "summary"}
     | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},

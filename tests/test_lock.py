@@ -10,7 +10,7 @@ import time
 import pyarrow.fs as pafs
 import pytest
 
-from vop import files, lock
+from vop import files, lock, storage
 from vop.lock import LockedError
 
 BUCKET = "s3://bucket/run"
@@ -28,7 +28,7 @@ def place(request, tmp_path, monkeypatch):
         return str(tmp_path / "run")
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     store.create_dir("bucket/run")
-    monkeypatch.setattr(files, "_remote", lambda host: store)
+    monkeypatch.setattr(storage, "remote", lambda *bucket, **options: store)
     return BUCKET
 
 

@@ -16,24 +16,24 @@ import pytest
 from fault_proxy import Plan, every
 from processes import Job, kill_dataset_workers
 
-from vop import files, pipeline
+from vop import files, pipeline, storage
 from vop.config import Config, ConfigError, load
 from vop.datasets.folder import list_images
-from vop.files import StorageError
 from vop.schema import ClusterConfig
 from vop.shards import ShardStore
+from vop.storage import StorageError
 
-PART = files.PART
+PART = storage.PART
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """Fewer and shorter attempts, for stores that stay broken."""
-    monkeypatch.setattr(files, "RETRIES", 3)
-    monkeypatch.setattr(files, "REQUEST_TIMEOUT_S", 1.0)
-    files._remote.cache_clear()
+    monkeypatch.setattr(storage, "RETRIES", 3)
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1.0)
+    storage.remote.cache_clear()
     yield
-    files._remote.cache_clear()
+    storage.remote.cache_clear()
 
 
 def test_every_function_does_to_a_bucket_what_it_does_to_a_folder(store, tmp_path):
@@ -216,8 +216,8 @@ def test_ctrl_c_while_a_file_is_sent_does_not_publish_half_of_it(store):
     store.proxy.reset(Plan(latency_s=0.3))
     code = """
 import sys
-from vop import files
-files.write_bytes(sys.argv[1], b"x" * (3 * files.PART))
+from vop import files, storage
+files.write_bytes(sys.argv[1], b"x" * (3 * storage.PART))
 """
     child = subprocess.Popen(
         [sys.executable, "-c", code, store.uri("file")], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
@@ -308,8 +308,11 @@ class Pages(BaseHTTPRequestHandler):
         query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
         start, size = int(query.get("continuation-token", 0)), int(query.get("max-keys", 1000))
         end = min(start + size, KEYS)
-        keys = (f"<Contents><Key>photos/{i // 1000:03d}/{i:07d}.jpg</Key><Size>{i}</Size>"
-                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>" for i in range(start, end))  # fmt: skip
+        keys = (
+            f"<Contents><Key>photos/{i // 1000:03d}/{i:07d}.jpg</Key><Size>{i}</Size>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for i in range(start, end)
+        )
         told = (f"<KeyCount>{end - start}</KeyCount><IsTruncated>{str(end < KEYS).lower()}</IsTruncated>"
                 f"<NextContinuationToken>{end}</NextContinuationToken>")  # fmt: skip
         self._send(200, f"<ListBucketResult>{told}{''.join(keys)}</ListBucketResult>".encode())

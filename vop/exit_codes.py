@@ -27,7 +27,7 @@ CODES = {
     "builtins.PermissionError": UNUSABLE,
     "vop.catalog.TooManyBadImagesError": UNUSABLE,
     "vop.lock.LockedError": IN_USE,
-    "vop.files.StorageError": CLUSTER,
+    "vop.storage.StorageError": CLUSTER,
     "builtins.OSError": CLUSTER,
     "builtins.MemoryError": CLUSTER,
     "ray.exceptions.RayError": CLUSTER,

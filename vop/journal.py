@@ -10,6 +10,7 @@ import time
 
 from vop import files
 from vop.progress import Beat
+from vop.storage import StorageError
 
 FOLDER = "logs"
 PROGRESS_S = 30.0
@@ -30,7 +31,7 @@ class Journal:
         self._lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         try:
             files.write_bytes(self.path, "".join(self._lines).encode())
-        except (OSError, files.StorageError) as error:
+        except (OSError, StorageError) as error:
             if not self._lost:
                 print(f"vop: the journal {self.path} cannot be written: {error}", file=sys.stderr)
             self._lost = True

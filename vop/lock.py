@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vop import files
+from vop.storage import StorageError
 
 HOLDER = ".lock.json"  # who holds it; in an object store the lease itself
 PATIENCE_S = 5.0  # one that only looks, or finds nothing to write, holds a lock for a moment
@@ -109,7 +110,7 @@ def _leased(directory: str, who: dict) -> Iterator[None]:
         raise
     finally:
         ended.set()
-        with suppress(OSError, files.StorageError):
+        with suppress(OSError, StorageError):
             if lease.mine():
                 files.remove(lease.path)
 
@@ -141,7 +142,7 @@ class _Lease:
 
     def keep(self, ended: threading.Event) -> None:
         while not ended.wait(RENEWED_S):
-            with suppress(OSError, files.StorageError):  # the store may come back before the lease expires
+            with suppress(OSError, StorageError):  # the store may come back before the lease expires
                 if not self.mine():
                     self.lost = True
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it where it waits

