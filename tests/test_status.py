@@ -40,7 +40,7 @@ def written(store, number, bad=0, age_s=0.0):
     ]  # fmt: skip
     facts = images.slice(bad).select(["image_id", "content", "width", "height", "scaled_width", "scaled_height"])
     pq.write_table(facts, files.join(store.path, f"shard-{number:05d}.parquet"))
-    store.write_receipt(number, facts.num_rows, reasons)
+    store.write_receipt(number, facts.num_rows, reasons, "0" * 64)
     then = time.time() - age_s
     os.utime(files.join(store.path, f"shard-{number:05d}.json"), (then, then))
 
