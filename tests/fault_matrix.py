@@ -258,7 +258,7 @@ def test_two_jobs_at_once(scene, page):
     assert f"is being written by `vop embed` (process {job.process.pid}" in second.log
     assert job.wait() == 0, job.log
     first.assert_same()
-    happened = "the second is refused after 5 s, and told who writes; the first went on"
+    happened = "the second is refused and told who writes; the first went on"
     page.append(Row("two jobs are started on one output", happened, first.kept(before)))
 
 

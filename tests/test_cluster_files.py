@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from vop import cli, config
+from vop.stages import watch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,8 +29,8 @@ PLATFORM = {  # of the images
     **{"sys_platform": "linux", "platform_machine": "x86_64", "platform_python_implementation": "CPython"},
 }
 PROMETHEUS_FUNCTIONS = {"sum", "min", "max", "rate", "increase", "by"}
-COUNTERS = {"vop_images", "vop_quarantined", "vop_queries", "vop_pairs"}
-GAUGES = {"vop_queue_depth", "vop_shard_lag_seconds", "vop_left_seconds"}
+COUNTERS = {counter.info["name"] for counter in (*watch.COUNTED.values(), watch.QUARANTINED)}
+GAUGES = {gauge.info["name"] for gauge in (watch.LEFT, watch.QUEUE, watch.LAG)}
 RAY_METRICS = {  # as Ray 2.60 exports them
     *("ray_node_cpu_utilization", "ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_mem_used"),
     *("ray_node_mem_total", "ray_node_disk_usage", "ray_node_disk_free", "ray_resources", "ray_object_store_memory"),

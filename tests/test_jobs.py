@@ -65,11 +65,16 @@ def head(tmp_path_factory):
         kill_session(process)  # SIGTERM would have it end its processes one by one, each with a delay of grace
 
 
+METRICS = free_port()
+
+
 def start(log: Path, folder: str) -> tuple[subprocess.Popen, str]:
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=400000000",
+               "--num-gpus=4",  # by name only: models ask for them and compute on the CPU
                f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-               f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}"]  # fmt: skip
+               f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+               f"--metrics-export-port={METRICS}"]  # fmt: skip
     # (The agent's usual port is taken where another Ray runs on this machine, and without its agent no job starts.)
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "RAY_ADDRESS"}
     with log.open("w") as stream:
@@ -170,6 +175,18 @@ def test_jobs_register_and_retrieve_from_the_store_of_another(head, photos, runs
     assert {pair["query"] for pair in pairs} == {"0000.jpg", "0001.jpg"}
     everything = pq.read_table(runs / "register" / "pairs.parquet").to_pylist()
     assert pairs == [pair for pair in everything if pair["query"] in ("0000.jpg", "0001.jpg")]
+
+
+def test_metrics_of_a_job_are_exported_under_its_run(runs, first):
+    run = json.loads((runs / "embed" / "run.json").read_text())["run"]
+    wanted, deadline = f'run="{run}",step="embed"', time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://127.0.0.1:{METRICS}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        if found := [line for line in lines if line.startswith("ray_vop_images_total{") and wanted in line]:
+            break
+        time.sleep(1)
+    assert [line.split()[-1] for line in found] == ["10.0"]
 
 
 def test_a_job_estimates_relative_poses(runs, first):

@@ -334,8 +334,6 @@ def test_the_end_of_a_job_as_an_exit_code(status, own, code):
 def test_every_name_in_the_tables_is_an_error():
     for name in CODES.keys() | AROUND.keys():
         module, _, kind = name.rpartition(".")
-        if name == "vop.lock.LockedError":  # of runs that lock their output
-            continue
         error = getattr(importlib.import_module(module), kind)
         assert issubclass(error, BaseException), name
         assert f"{error.__module__}.{error.__qualname__}" == name

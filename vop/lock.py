@@ -22,8 +22,9 @@ from vop import files
 from vop.storage import StorageError
 
 HOLDER = ".lock.json"  # who holds it; in an object store the lease itself
-PATIENCE_S = 5.0  # one that only looks, or finds nothing to write, holds a lock for a moment
+PATIENCE_S = 15.0  # one that only looks, or finds nothing to write, holds a lock for a moment
 RENEWED_S, EXPIRED_S = 10.0, 45.0  # a lease is renewed so often; one that was not for so long is nobody's
+_dead: set[str] = set()  # runs found so: their other leases are nobody's too
 SETTLED_S = 2.0  # two that take a free lease at once have both written it by then; the second to write has it
 
 
@@ -124,7 +125,10 @@ class _Lease:
     def free(self) -> bool:
         """Whether nobody holds it, which takes long to know where somebody did not give it back."""
         found, since = _read(self.path), time.monotonic()
-        while found is not None and time.monotonic() < since + EXPIRED_S:
+        while found is not None and found["run"] not in _dead:
+            if time.monotonic() > since + EXPIRED_S:
+                _dead.add(found["run"])
+                break
             time.sleep(RENEWED_S / 4)
             seen = _read(self.path)
             if seen is not None and seen != found:

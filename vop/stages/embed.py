@@ -44,19 +44,16 @@ def _dataset(
     gpu = cluster.gpu_share(embedding.gpus_per_encoder)
     encoders = min(cluster.replicas(embedding.encoders, gpu), len(shards))
     decoding = min(1, 0.5 * cluster.cpus())
-    shard = {"batch_size": None, "batch_format": "pyarrow"}
-    return (
-        ray.data.from_arrow([shards[number] for number in sorted(shards)])
-        .map_batches(
-            decode_shard, fn_args=(embedding.image_size, embedding.max_pixels, view), num_cpus=decoding, **shard
-        )
-        .map_batches(
-            Embedder,
-            fn_constructor_args=(config, store),
-            compute=ray.data.ActorPoolStrategy(size=encoders),
-            num_cpus=cluster.model_cpus(encoders),
-            num_gpus=gpu,
-            **shard,
-        )
-        .map_batches(ShardWriter(store), num_cpus=0.1, **shard)
+    planned = ray.data.from_arrow([shards[number] for number in sorted(shards)])
+    decoded = cluster.by_shards(
+        planned, decode_shard, fn_args=(embedding.image_size, embedding.max_pixels, view), num_cpus=decoding
     )
+    described = cluster.by_shards(
+        decoded,
+        Embedder,
+        fn_constructor_args=(config, store),
+        compute=ray.data.ActorPoolStrategy(size=encoders),
+        num_cpus=cluster.model_cpus(encoders),
+        num_gpus=gpu,
+    )
+    return cluster.by_shards(described, ShardWriter(store), num_cpus=0.1)

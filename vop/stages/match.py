@@ -14,8 +14,6 @@ from vop.pair_matching import ShardMatcher
 from vop.pose_estimation import PoseEstimation
 from vop.stages import cluster
 
-BLOCK = {"batch_size": None, "batch_format": "pyarrow"}
-
 
 def width(config: Config) -> int:
     """Build the extractor once on a worker, so that what it lacks is missed in time: numbers of a descriptor."""
@@ -38,24 +36,21 @@ def extract_shards(config: Config, store: FeatureStore, shards: dict[int, pa.Tab
     gpu = cluster.gpu_share(matching.gpus_per_worker)
     extractors = min(cluster.replicas(matching.extractors, gpu), len(shards))
     with cluster.whole_blocks(config.cluster):
-        yield from cluster.rows(
-            ray.data.from_arrow([shards[number] for number in sorted(shards)])
-            .map_batches(
-                decode_shard,
-                fn_args=(matching.resize, config.embedding.max_pixels),
-                num_cpus=min(1, 0.5 * cluster.cpus()),
-                **BLOCK,
-            )
-            .map_batches(
-                ShardExtractor,
-                fn_constructor_args=(matching,),
-                compute=ray.data.ActorPoolStrategy(size=extractors),
-                num_cpus=cluster.model_cpus(extractors),
-                num_gpus=gpu,
-                **BLOCK,
-            )
-            .map_batches(ShardWriter(store), num_cpus=0.1, **BLOCK)
+        decoded = cluster.by_shards(
+            ray.data.from_arrow([shards[number] for number in sorted(shards)]),
+            decode_shard,
+            fn_args=(matching.resize, config.embedding.max_pixels),
+            num_cpus=min(1, 0.5 * cluster.cpus()),
         )
+        extracted = cluster.by_shards(
+            decoded,
+            ShardExtractor,
+            fn_constructor_args=(matching,),
+            compute=ray.data.ActorPoolStrategy(size=extractors),
+            num_cpus=cluster.model_cpus(extractors),
+            num_gpus=gpu,
+        )
+        yield from cluster.rows(cluster.by_shards(extracted, ShardWriter(store), num_cpus=0.1))
 
 
 def match_shards(config: Config, features: FeatureStore, matches: MatchStore, numbers: list[int]) -> Iterator[dict]:
@@ -69,16 +64,15 @@ def match_shards(config: Config, features: FeatureStore, matches: MatchStore, nu
     gpu = cluster.gpu_share(matching.gpus_per_worker)
     matchers = min(cluster.replicas(matching.matchers, gpu), len(numbers))
     with cluster.whole_blocks(config.cluster):
-        yield from cluster.rows(
-            ray.data.from_arrow([pa.table({"shard": [number]}) for number in numbers]).map_batches(
-                ShardMatcher,
-                fn_constructor_args=(matching, features, matches),
-                compute=ray.data.ActorPoolStrategy(size=matchers),
-                num_cpus=min(0.9, 0.9 * cluster.cpus() / matchers),
-                num_gpus=gpu,
-                **BLOCK,
-            )
+        matched = cluster.by_shards(
+            ray.data.from_arrow([pa.table({"shard": [number]}) for number in numbers]),
+            ShardMatcher,
+            fn_constructor_args=(matching, features, matches),
+            compute=ray.data.ActorPoolStrategy(size=matchers),
+            num_cpus=min(0.9, 0.9 * cluster.cpus() / matchers),
+            num_gpus=gpu,
         )
+        yield from cluster.rows(matched)
 
 
 def estimate_poses(config: Config, estimation: PoseEstimation, parts: Iterable[pa.Table]) -> Iterator[dict]:
@@ -87,4 +81,4 @@ def estimate_poses(config: Config, estimation: PoseEstimation, parts: Iterable[p
     if not parts:
         return
     with cluster.whole_blocks(config.cluster):
-        yield from cluster.rows(ray.data.from_arrow(parts).map_batches(estimation, num_cpus=1, **BLOCK))
+        yield from cluster.rows(cluster.by_shards(ray.data.from_arrow(parts), estimation, num_cpus=1))

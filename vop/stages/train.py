@@ -25,7 +25,6 @@ from vop.training.loop import Work, train
 from vop.training.place import Place
 
 CACHED_READERS = 2  # tasks of each worker that read tokens ahead: copying from memory, which is quick
-BLOCK = {"batch_size": None, "batch_format": "pyarrow"}
 
 
 def label_parts(config: Config, places: dict[str, str], parts: Parts, planned: Iterable[pa.Table]) -> Iterator[dict]:
@@ -35,15 +34,14 @@ def label_parts(config: Config, places: dict[str, str], parts: Parts, planned: I
         return
     workers = min(cluster.cpus(), len(planned))
     with cluster.whole_blocks(config.cluster):
-        yield from cluster.rows(
-            ray.data.from_arrow(planned).map_batches(
-                Labelling,
-                fn_constructor_args=(config, places, parts),
-                compute=ray.data.ActorPoolStrategy(size=workers),
-                num_cpus=min(0.9, 0.9 * cluster.cpus() / workers),
-                **BLOCK,
-            )
+        labelled = cluster.by_shards(
+            ray.data.from_arrow(planned),
+            Labelling,
+            fn_constructor_args=(config, places, parts),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=min(0.9, 0.9 * cluster.cpus() / workers),
         )
+        yield from cluster.rows(labelled)
 
 
 @dataclass(frozen=True)
@@ -186,11 +184,11 @@ def _batches(place: Place, rank: int, workers: int, epoch: int, first: int) -> I
     shares, cached = list(place.shares(epoch, first, rank, workers)), place.config.train.cached
     with cluster.whole_blocks(place.config.cluster):
         ray.data.DataContext.get_current().execution_options.preserve_order = True
-        rows = ray.data.from_arrow(shares).map_batches(
+        rows = cluster.by_shards(
+            ray.data.from_arrow(shares),
             place.reader(),
             compute=ray.data.TaskPoolStrategy(size=CACHED_READERS) if cached else None,
             num_cpus=min(0.5, 0.1 * cluster.cpus()) if cached else 0.5,
-            **BLOCK,
         )
         for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             yield place.batch(block)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import pyarrow as pa
-
 from vop import catalog
 from vop.config import Config
 from vop.datasets.image_sets import ImageSets
@@ -16,9 +14,15 @@ from vop.store import EmbeddingStore
 def embedded(config: Config, job: Run, sets: ImageSets, view: Callable | None = None) -> EmbeddingStore:
     """The store with every image of the collection embedded or quarantined; `view` as in `decode_shard`."""
     listing = sets.listing()
+    with job.step("load models"):
+        new = not EmbeddingStore.exists(config.store_path)
+        made = calibration(config, catalog.sample(listing, config.embedding.sample) if new else None)
     with job.writing(config.store_path):
-        with job.step("load models"):
-            store = _opened(config, listing)
+        if new and not EmbeddingStore.exists(config.store_path):  # another run may have been quicker
+            store = EmbeddingStore.create(config.store_path, made.features, made.shapes, made.arrays)
+        else:
+            store = EmbeddingStore.open(config.store_path)
+            store.check_features(made.features)
         with job.step("plan"):
             paths = dict(zip(sets.names, listing["path"].to_pylist(), strict=True))
             planned, pending = store.plan(
@@ -49,13 +53,3 @@ def as_stored(config: Config, job: Run) -> EmbeddingStore:
     job.counts |= {"root": "", "store": store.path}
     job.quarantined = list(catalog.quarantined(images))
     return store
-
-
-def _opened(config: Config, listing: pa.Table) -> EmbeddingStore:
-    """The store of a config: the one at its path if it was made with the same features, else a new one."""
-    if EmbeddingStore.exists(config.store_path):
-        store = EmbeddingStore.open(config.store_path)
-        store.check_features(calibration(config, None).features)
-        return store
-    made = calibration(config, catalog.sample(listing, config.embedding.sample))
-    return EmbeddingStore.create(config.store_path, made.features, made.shapes, made.arrays)
