@@ -19,6 +19,7 @@ from processes import Job, kill_dataset_workers
 from vop import files, pipeline, storage
 from vop.config import Config, ConfigError, load
 from vop.datasets.folder import list_images
+from vop.embedding import hash_file, read_image
 from vop.schema import ClusterConfig
 from vop.shards import ShardStore
 from vop.storage import StorageError
@@ -77,12 +78,13 @@ def test_an_exception_publishes_nothing_and_keeps_what_was_there(store):
     assert not Path(inner).exists()
 
 
-def test_a_small_file_takes_one_request_and_a_large_one_is_sent_in_parts(store):
+def test_a_small_file_takes_one_request_and_a_large_one_is_sent_in_parts(store, monkeypatch):
+    monkeypatch.setattr(storage, "PARTS_IN_FLIGHT", 1)
     files.write_bytes(store.uri("small"), b"x" * 1000)
     assert store.proxy.counted() == {"PUT": 1}
-    large = os.urandom(1 << 20) * 41 + b"end"  # more parts than are in flight at once
+    large = os.urandom(1 << 20) * 21 + b"end"  # more parts than are in flight at once
     files.write_bytes(store.uri("large"), large)
-    assert store.proxy.counted()["PUT"] == 1 + 1 + 5 + 1  # begin, the parts, complete
+    assert store.proxy.counted()["PUT"] == 1 + 1 + 3 + 1  # begin, the parts, complete
     assert store.objects() == {"small": b"x" * 1000, "large": large}
     store.proxy.reset()
     assert files.sha256(store.uri("small")) and store.proxy.counted() == {"HEAD": 1, "GET": 1}
@@ -149,6 +151,18 @@ def test_a_store_that_stays_broken_is_an_error_that_says_what_was_tried(store, i
             break
     store.proxy.reset()
     assert store.objects() == {"file": b"content"}
+
+
+def test_a_broken_store_makes_no_bad_images(store, impatient):
+    """An image that cannot be had now is no reason for quarantine: the job fails, and can go on. One refused is."""
+    files.write_bytes(store.uri("1.jpg"), b"content")
+    for read in (lambda uri: read_image(uri, 10**6), hash_file):
+        store.proxy.reset(Plan(lambda *_: "503"))
+        with pytest.raises(StorageError, match=r"1\.jpg .*in 4 attempts"):
+            read(store.uri("1.jpg"))
+    store.proxy.reset(Plan(lambda *_: "403"))
+    assert "refuses access" in read_image(store.uri("1.jpg"), 10**6)[2]
+    assert "cannot read the file" in read_image(store.uri("nothing.jpg"), 10**6)[2]
 
 
 def test_a_part_that_cannot_be_sent_publishes_nothing(store, impatient):

@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -174,7 +174,8 @@ def write_json(path: str | os.PathLike, value: dict) -> None:
 def remove(path: str | os.PathLike) -> None:
     """Delete a file or a folder with its content; nothing happens if it is not there."""
     filesystem, inner = resolve(path)
-    with answered(path):
+    # gs:// says of a folder that it is not there once it has deleted the files in it, if it was no object of its own
+    with answered(path), suppress(FileNotFoundError):
         kind = info(path).type
         if kind == pafs.FileType.Directory:
             filesystem.delete_dir(inner)

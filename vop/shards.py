@@ -10,6 +10,7 @@ order of runs, so that a killed and repeated run leaves the same bytes as an und
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from vop import catalog, files
 from vop.names import SUSPECT, checked
 
+RECEIPT = re.compile(r"shard-\d+\.json")
 Result = TypeVar("Result")
 
 
@@ -78,10 +80,9 @@ class ShardStore:
 
     def receipts(self) -> dict[int, dict]:
         """Receipts by shard number. A receipt that is not whole JSON counts as missing."""
-        names = [name for name in files.listing(self.path) if name.startswith("shard-") and name.endswith(".json")]
+        names = [name for name in files.listing(self.path) if RECEIPT.fullmatch(name)]
         found = files.concurrently(_receipt, [files.join(self.path, name) for name in names])
-        numbers = (int(name[6:-5]) for name in names)
-        return {number: receipt for number, receipt in zip(numbers, found, strict=True) if receipt is not None}
+        return {int(name[6:-5]): receipt for name, receipt in zip(names, found, strict=True) if receipt is not None}
 
     def write_receipt(self, number: int, ok: int, quarantined: list[dict], sha256: str) -> dict:
         """Vouch for a shard whose Parquet, with this hash, is written; returns the receipt.
