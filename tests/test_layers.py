@@ -11,7 +11,7 @@ LAYERS = (
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"cameras", "shards", "features", "matches", "hloc", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
-    | {"pose", "pose_estimation", "training"},
+    | {"pose", "pose_estimation", "training", "planning"},
     {"stages"},
     {"steps"},
     {"pipeline"},
