@@ -2,12 +2,12 @@
 
     python benchmarks/plan.py [--images 150 400 1000] [--rounds 3] [--images-dir DIR] [--out FILE] [key=value ...]
 
-Every round measures this machine's rates with `vop plan` on a sample of the images, plans every size with them, and then
-runs `vop embed` and `vop register` of every size, each as a user would: the command in a process of its own with an
-empty output folder, timed from its start to its end. Nothing of what is measured goes into the rates: those come from 48
-images and a job of 16. Printed are medians over the rounds of both, their ratio, and the cores that other work kept busy
-meanwhile: on a machine that does other things, both numbers are of that machine. Settings (`backbone=...`) hold for all.
-The last line is one JSON object; --out keeps what each round found as it comes.
+Every round measures this machine's rates with `vop plan` on a sample of the images, plans every size with them, and
+then runs `vop embed` and `vop register` of every size, each as a user would: the command in a process of its own with
+an empty output folder, timed from its start to its end. Nothing of what is timed goes into the rates: those come from
+48 images and a job of 16. Printed are medians over the rounds of both, their ratio, and the cores that other work kept
+busy: what runs beside makes a job longer, but not the seconds of a core that most rates are, and so the ratio smaller.
+Settings (`backbone=...`) hold for all. The last line is one JSON object; --out keeps what each round found as it comes.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from vop.embedding import ShardWriter, decode_shard
 from vop.models.embedder import THREADS, Embedder, calibrate
 from vop.models.whitening import fit_whitening
 from vop.planning import catalog_rates, search_rates
-from vop.planning.rates import SECONDS, Rates, settings
+from vop.planning.rates import SECONDS, Rates, device, settings
 from vop.planning.timing import in_turns, line, on_cores
 from vop.store import EmbeddingStore, Selection, shard_name
 
@@ -55,7 +55,7 @@ def measured(config: Config, listing: pa.Table, folder: str) -> Rates:
     width = made.features["encoder"]["width"] if made.features["encoder"] else made.shapes["token_width"]
     return Rates(
         made_with=settings(config),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device(),
         cores=os.cpu_count(),
         measured_images=count,
         patches=made.shapes["patches"],
@@ -87,7 +87,7 @@ def _describing(config: Config, store: EmbeddingStore, sample: pa.Table) -> tupl
     few = int(np.clip(LONGEST_S / each, 1, min(embedding.batch_size, len(sample))))
     batch = decoded.slice(0, few)
     ways = {"decode_s": on_cores(lambda: decode_shard(sample, **decode), at_once)}
-    if torch.cuda.is_available():
+    if device() == "cuda":
         card = in_turns({"forward_s": lambda: embedder(batch)}, clock=time.perf_counter)
         took = in_turns(ways) | {"forward_s": card["forward_s"] * at_once}
     else:

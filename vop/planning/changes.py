@@ -1,6 +1,7 @@
 """What else could be asked for: every change is planned anew, and compared by time and bill."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def changes(plan: Plan) -> Iterator[Change]:
     if retrieval.shortlist and retrieval.shortlist >= 20:
         yield changed("retrieval", "fewer candidates are voted on", shortlist=retrieval.shortlist // 2)
     if retrieval.index == "Flat" and actors and plan.work.database // actors > 10_000:
-        lists = 2 ** round((16 * plan.work.database / actors) ** 0.5).bit_length()
+        lists = 2 ** round(math.log2(4 * (plan.work.database / actors) ** 0.5))
         yield changed("retrieval", "the shortlist misses some candidates", index=f"IVF{lists},Flat", shards=actors)
 
 

@@ -81,11 +81,8 @@ class Plan:
 
 
 def make(config: Config, rates: Rates, asked: Asked) -> Plan:
-    """Plan a job.
-
-    Raises `ConfigError` where a rate is missing that was not measured, or the settings are not modelled.
-    """
-    _check(config, rates)
+    """Plan a job. Raises `ConfigError` as `check` does."""
+    check(config, rates.device)
     plan = config.plan
     machines = Machines(
         plan.nodes, plan.cpus_per_node, plan.gpus_per_node, plan.memory_gb_per_node * 1e9,
@@ -99,9 +96,13 @@ def make(config: Config, rates: Rates, asked: Asked) -> Plan:
     return dataclasses.replace(planned, limits=tuple(_limits(planned)))
 
 
-def _check(config: Config, rates: Rates) -> None:
+def check(config: Config, device: str) -> None:
+    """Raise `ConfigError` for settings without a model, or if a rate is not stated that `device` cannot tell.
+
+    device: cpu or cuda, where the others are measured.
+    """
     plan, asked = config.plan, config.retrieval
-    if plan.gpus_per_node and plan.forward_images_per_s is None and rates.device != "cuda":
+    if plan.gpus_per_node and plan.forward_images_per_s is None and device != "cuda":
         raise ConfigError(
             f"plan.gpus_per_node is {plan.gpus_per_node}, but {config.backbone} was measured on a CPU, which tells "
             "nothing of a card: give plan.forward_images_per_s=N, the images a second of one card, or plan on a "
@@ -129,7 +130,7 @@ def _limits(plan: Plan) -> list[Limit]:
 
     offered = (1 - RAY_SHARE) * machines.memory_bytes
     embedding = plan.stage("embed")
-    models = -(-int(embedding.actors.split()[0]) // machines.nodes)
+    models = -(-embedding.actors // machines.nodes)
     need(f"memory of a node for {models} models", models * embedding.actor_bytes, offered)
     driver = work.rates.process_bytes + work.images * work.rates.driver_bytes
     need(f"memory of the driver, which holds the catalog of {work.images:,} images", driver, machines.memory_bytes)

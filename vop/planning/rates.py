@@ -122,6 +122,11 @@ def settings(config: Config) -> dict:
         "block": config.block,
         "encoder": config.encoder,
         "image_size": config.embedding.image_size,
-        "shortlist": "a number" if config.retrieval.shortlist else None,
-        "device": config.retrieval.device,
     }
+
+
+def device() -> str:
+    """What describes images on this machine, cpu or cuda."""
+    import torch  # seconds to import, which a plan from a file need not wait for
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,8 +38,9 @@ class Stage:
     name: str
     serial: Sequence[Part]
     together: Sequence[Part] = ()
-    actors: str = ""
-    actor_bytes: float = 0.0
+    role: str = ""  # of the processes that do the work
+    actors: int = 0  # how many there are
+    actor_bytes: float = 0.0  # memory of each
     disk: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
     shards: int = 0
@@ -97,7 +98,8 @@ def embed(work: Work, machines: Machines) -> Stage:
             Part("receipts", receipts, f"{_count(shards)} shards x {_ms(receipts / shards)}, one driver"),
         ],
         together,
-        actors=f"{replicas} models",
+        role="models",
+        actors=replicas,
         actor_bytes=rates.process_bytes + embedding.shard_size * (3 * embedding.image_size**2 + work.image_bytes),
         disk=work.store_bytes,
         traffic=Traffic(read, work.store_bytes, n + shards * (4 + LISTINGS + 2) + LISTINGS * 2 * shards / KEYS),
@@ -161,7 +163,8 @@ def search(work: Work, machines: Machines) -> Stage:
             Part("load", loading, f"{store / actors / 1e9:.3g} GB into each of {actors} actors"),
         ],
         together,
-        actors=f"{actors} search actors",
+        role="search actors",
+        actors=actors,
         actor_bytes=work.actor_bytes(held),
         disk=kept + queries * min(asked.k, work.candidates) * rates.ranked_bytes,
         traffic=traffic,
@@ -216,7 +219,7 @@ def _network(machines: Machines, remote: bool, read: float, written: float) -> l
     if not remote and machines.nodes == 1:
         return []
     seconds = (read + written) / (machines.nodes * machines.network_bytes_s)
-    return [Part("network", seconds, f"{(read + written) / 1e9:,.3g} GB / {machines.nodes} nodes")]
+    return [Part("network", seconds, f"{_count((read + written) / 1e9)} GB / {machines.nodes} nodes")]
 
 
 def _compared(index: str, rows: int) -> float:

@@ -6,7 +6,10 @@ from vop.planning import changes
 from vop.planning.plan import Limit, Plan
 from vop.planning.stages import Stage
 
-COLUMNS = ("stage", "time", "GPU-h", "shards", "actors", "RAM each", "disk", "read", "written", "requests", "waits for")
+COLUMNS = (
+    *("stage", "time", "GPU-h", "shards", "actors", "RAM each", "disk"),
+    *("read", "written", "requests", "waits for"),
+)
 SHOWN = 3  # changes
 
 
@@ -55,7 +58,7 @@ def _row(stage: Stage) -> tuple[str, ...]:
         duration(stage.seconds),
         f"{hours:.3g}" if hours else "",
         f"{stage.shards:,}" if stage.shards else "",
-        stage.actors,
+        f"{stage.actors:,} {stage.role}" if stage.actors else "",
         size(stage.actor_bytes) if stage.actor_bytes else "",
         size(stage.disk) if stage.disk else "",
         size(stage.traffic.read) if stage.traffic.read else "",
@@ -76,8 +79,8 @@ def _where_the_time_goes(plan: Plan) -> list[str]:
     if plan.work.width:
         work = plan.work
         lines.append(
-            f"  of {work.queries * work.candidates:,} pairs that are listed {work.pairs_scored:,} are scored: the rest are "
-            "known from their other side"
+            f"  {work.queries * work.candidates:,} pairs are listed, {work.pairs_scored:,} of them scored: the others "
+            "are known from their other side"
         )
     return lines
 
@@ -134,8 +137,8 @@ def _assumed(plan: Plan) -> list[str]:
     stated = [f"plan.{name}={getattr(asked, name):g}" for name in ("forward_images_per_s", "votes_pairs_per_s")
               if getattr(asked, name) is not None]  # fmt: skip
     lines = [
-        f"measured {where}, on {rates.cores} cores and {rates.measured_images} images of {rates.image_bytes / 1e3:,.0f} "
-        f"kB: decode {1e3 * rates.decode_s:.3g} ms, {rates.device} model {1e3 * rates.forward_s:.3g} ms, write "
+        f"measured {where}, {rates.cores} cores, {rates.measured_images} images of {rates.image_bytes / 1e3:,.0f} kB: "
+        f"decode {1e3 * rates.decode_s:.3g} ms, {rates.device} model {1e3 * rates.forward_s:.3g} ms, write "
         f"{1 / rates.write_s:,.0f} MB/s, a pair {1e6 * rates.pair_s:.3g} us, a message {1e3 * rates.message_s:.2g} ms"
     ]
     lines.append(

@@ -23,10 +23,10 @@ from vop.datasets.image_sets import ImageSets, open_image_sets
 from vop.image import to_jpeg
 from vop.planning import calibration, changes, plan, table
 from vop.planning.plan import Asked, Plan
-from vop.planning.rates import SECONDS, Rates
+from vop.planning.rates import SECONDS, Rates, device
 from vop.progress import progress
 from vop.run import Run
-from vop.schema import DatasetConfig, PairsConfig
+from vop.schema import DatasetConfig, PairsConfig, PlanConfig
 from vop.stages import cluster
 from vop.stages.messages import message_seconds
 
@@ -58,7 +58,9 @@ def planned(config: Config, register: Callable[[Config], Run]) -> Planned:
     if any(source is not None for source in (config.images, config.queries, config.database)):
         sets = open_image_sets(config)
     asked = size(config, sets)
-    rates = Rates.read(config.plan.rates, config) if config.plan.rates else measured(config, sets, register)
+    known = Rates.read(config.plan.rates, config) if config.plan.rates else None
+    plan.check(config, known.device if known else device())  # before half a minute of measuring
+    rates = known or measured(config, sets, register)
     made = plan.make(told, rates, asked)
     if config.plan.file is not None:
         files.write_json(config.plan.file, to_json(made))
@@ -70,18 +72,25 @@ def planned(config: Config, register: Callable[[Config], Run]) -> Planned:
 def here(config: Config) -> Config:
     """The config with this machine's cores, memory and free disk where the plan states none."""
     told = config.plan
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     free = told.disk_gb
     if free is None and told.nodes == 1 and told.storage == "local" and not files.is_uri(config.output):
         there = next(place for place in (Path(config.output), *Path(config.output).parents) if place.exists())
         free = shutil.disk_usage(there).free / 1e9
     new = dataclasses.replace(
         told,
-        cpus_per_node=told.cpus_per_node or len(os.sched_getaffinity(0)),
-        memory_gb_per_node=told.memory_gb_per_node or memory,
+        cpus_per_node=told.cpus_per_node or config.cluster.cpus or os.cpu_count(),
+        memory_gb_per_node=told.memory_gb_per_node or _memory_gb(),
         disk_gb=free,
     )
     return dataclasses.replace(config, plan=new)
+
+
+def _memory_gb() -> float:
+    """Main memory of this machine, or of the container that this process may use."""
+    bound = Path("/sys/fs/cgroup/memory.max")
+    allowed = bound.read_text().strip() if bound.exists() else "max"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, machine if allowed == "max" else int(allowed)) / 1e9
 
 
 def size(config: Config, sets: ImageSets | None) -> Asked:
@@ -144,7 +153,7 @@ def _trial(config: Config, listing: pa.Table, folder: str) -> Config:
     count = min(TRIAL, listing.num_rows)
     listed = f"{folder}/images.txt"
     files.write_bytes(listed, "".join(f"{path}\n" for path in listing["path"].to_pylist()[:count]).encode())
-    encoders = config.embedding.encoders or len(os.sched_getaffinity(0))
+    encoders = config.embedding.encoders or os.cpu_count()
     nothing = dict.fromkeys(("queries", "database", "store", "truth", "positions", "cameras"))
     return dataclasses.replace(
         config,
@@ -162,9 +171,7 @@ def _trial(config: Config, listing: pa.Table, folder: str) -> Config:
 def _fixed(trial: Config, rates: Rates, timings: dict[str, float], around: float) -> dict[str, float]:
     """What the small job took beyond what the model says its images take."""
     count = min(TRIAL, rates.measured_images)
-    cores = len(os.sched_getaffinity(0))
-    told = dataclasses.replace(trial.plan, nodes=1, gpus_per_node=0, cpus_per_node=cores, storage="local",
-                               forward_images_per_s=None, votes_pairs_per_s=None)  # fmt: skip
+    told = PlanConfig(gpus_per_node=int(rates.device == "cuda"))
     small = plan.make(here(dataclasses.replace(trial, plan=told)), rates, Asked(count, count, count, True))
     embed, search, lists = (small.stage(name) for name in ("embed", "search", "lists"))
     sample = small.seconds_of("embed", "sample")
@@ -197,6 +204,7 @@ def to_json(made: Plan) -> dict:
                 "seconds": one.seconds,
                 "gpu_hours": one.cards * one.seconds / 3600,
                 "actors": one.actors,
+                "shards": one.shards,
                 "actor_bytes": one.actor_bytes,
                 "disk_bytes": one.disk,
                 "traffic": dataclasses.asdict(one.traffic),
