@@ -139,7 +139,7 @@ def _assumed(plan: Plan) -> list[str]:
     lines = [
         f"measured {where}, {rates.cores} cores, {rates.measured_images} images of {rates.image_bytes / 1e3:,.0f} kB: "
         f"decode {1e3 * rates.decode_s:.3g} ms, {rates.device} model {1e3 * rates.forward_s:.3g} ms, write "
-        f"{1 / rates.write_s:,.0f} MB/s, a pair {1e6 * rates.pair_s:.3g} us, a message {1e3 * rates.message_s:.2g} ms"
+        f"{1e3 * rates.write_s:.3g} ms/MB, a pair {1e6 * rates.pair_s:.3g} us, a message {1e3 * rates.message_s:.2g} ms"
     ]
     lines.append(
         "assumed: the cluster's cores are like these"
