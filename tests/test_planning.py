@@ -9,7 +9,6 @@ import pytest
 
 from vop import cli, config, files, pipeline
 from vop.config import ConfigError
-from vop.datasets.image_sets import open_image_sets
 from vop.planning import calibration, changes, plan, stages, table
 from vop.planning.plan import Asked
 from vop.planning.rates import SECONDS, Rates
@@ -193,7 +192,7 @@ def test_the_driver_and_the_disk_have_limits_too():
     assert "disk for store" in whats
     enough = {**told, "disk_gb": 1e6}
     found = planned(10**8, told=enough)
-    assert [limit.needed for limit in found.limits] == [8e8 + 10**8 * 2000.0]
+    assert [limit.needed for limit in found.limits] == [8e8 + 10**8 * 2000.0 + 1e9]
     remedies = changes.remedies(found)
     assert remedies[0].label == "plan.memory_gb_per_node=320"
     assert planned(10**8, told={**enough, "memory_gb_per_node": 320.0}).limits == ()
@@ -301,5 +300,5 @@ def test_a_plan_of_a_collection_is_measured_here(rendered_collection, local_ray,
     # the small job that was run, as it would have been planned
     small = plan.make(planning.here(ran["config"]), rates, Asked(16, 16, 16, True))
     assert small.work.pairs_scored == counted["pairs_scored"]
-    assert small.work.shards == counted["images"] // ran["config"].embedding.shard_size
-    assert open_image_sets(ran["config"]).names == sorted(open_image_sets(told).names)[:16]
+    assert counted["images"] == 16
+    assert small.work.shards == -(-16 // ran["config"].embedding.shard_size)

@@ -5,7 +5,6 @@ together than one alone.
 """
 
 import os
-import resource
 import time
 
 import numpy as np
@@ -18,6 +17,7 @@ from vop.embedding import ShardWriter, decode_shard
 from vop.models.embedder import THREADS, Embedder, calibrate
 from vop.models.whitening import fit_whitening
 from vop.planning import catalog_rates, search_rates
+from vop.planning.memory import peak_bytes
 from vop.planning.rates import SECONDS, Rates, device, settings
 from vop.planning.timing import in_turns, line, on_cores
 from vop.store import EmbeddingStore, Selection, shard_name
@@ -51,7 +51,7 @@ def measured(config: Config, listing: pa.Table, folder: str) -> Rates:
     store = EmbeddingStore.create(files.join(folder, "store"), made.features, made.shapes, made.arrays)
     described, embedding = _describing(config, store, sample)
     selection = _stored(store, listing, described)
-    process_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    process_bytes = peak_bytes()
     width = made.features["encoder"]["width"] if made.features["encoder"] else made.shapes["token_width"]
     return Rates(
         made_with=settings(config),
@@ -126,6 +126,6 @@ def _storing(store: EmbeddingStore, described: pa.Table, selection: Selection) -
     good = described.filter(described["error"].is_null())
     good = good.drop_columns(["path", "shard", "error", "scene", "size", "modified_ns"])
     good = good.append_column("image_id", pa.array(np.arange(len(good))))
-    took = in_turns({"write": lambda: store.write_shard(1, good, []), "read": selection.read}, clock=time.perf_counter)
+    took = in_turns({"write": lambda: store.write_shard(1, good, []), "read": selection.read})
     megabytes = files.listing(store.path)[f"{shard_name(1)}.parquet"] / 1e6
     return {f"{name}_s": seconds / megabytes for name, seconds in took.items()}

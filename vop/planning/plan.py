@@ -132,8 +132,8 @@ def _limits(plan: Plan) -> list[Limit]:
     embedding = plan.stage("embed")
     models = -(-embedding.actors // machines.nodes)
     need(f"memory of a node for {models} models", models * embedding.actor_bytes, offered)
-    driver = work.rates.process_bytes + work.images * work.rates.driver_bytes
-    need(f"memory of the driver, which holds the catalog of {work.images:,} images", driver, machines.memory_bytes)
+    what = f"memory of the driver, which holds the catalog of {work.images:,} images"
+    need(what, work.driver_bytes, machines.memory_bytes)
     if work.width:
         search = plan.stage("search")
         per_node = -(-search.shards // machines.nodes)

@@ -87,6 +87,13 @@ class Work:
         return self.images * (self.image_bytes + self.rates.catalog_bytes) + self.shards * RECEIPT
 
     @property
+    def driver_bytes(self) -> float:
+        """Memory of the driver: it holds the catalog as a whole, and the votes that wait for their other side."""
+        reused = self.config.retrieval.reuse_gb * 1e9 if self.register else 0.0
+        waiting = self.queries * self.candidates / 4 * (8 + self.rates.vote_bytes)
+        return self.rates.process_bytes + self.images * self.rates.driver_bytes + min(reused, waiting)
+
+    @property
     def candidates(self) -> int:
         """Images that are voted on for a query."""
         others = self.database - (1 if self.register else 0)

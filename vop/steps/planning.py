@@ -199,6 +199,7 @@ def to_json(made: Plan) -> dict:
         "bill": made.bill,
         "pairs_scored": made.work.pairs_scored,
         "store_shards": made.work.shards,
+        "driver_bytes": made.work.driver_bytes,
         "stages": {
             one.name: {
                 "seconds": one.seconds,
