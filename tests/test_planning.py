@@ -235,7 +235,12 @@ def test_rates_that_nothing_here_can_tell_must_be_stated():
         planned(1000, retrieval={"device": "cuda"})
     with pytest.raises(ConfigError, match=r"retrieval\.index=HNSW32"):
         planned(1000, retrieval={"index": "HNSW32", "shards": 2})
-    planned(1000, dataclasses.replace(RATES, device="cuda"), told={"gpus_per_node": 1})
+    on_a_card = dataclasses.replace(RATES, device="cuda")
+    planned(1000, on_a_card, told={"gpus_per_node": 1})
+    with pytest.raises(ConfigError, match="nothing of a core"):
+        planned(1000, on_a_card)
+    with pytest.raises(ConfigError, match="tokens to train on"):
+        planned(1000, embedding={"patches": False, "tokens": True})
 
 
 def test_numbers_are_written_as_people_write_them(tmp_path):

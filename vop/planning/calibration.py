@@ -102,7 +102,7 @@ def _whitening(config: Config, shapes: dict) -> float:
     """Seconds that the fit of the whitening takes for an image of its sample."""
     if not config.embedding.whiten:
         return 0.0
-    few, many = STRETCH, 4 * STRETCH
+    few, many = STRETCH // 2, 2 * STRETCH
     rng = np.random.default_rng(0)
     tokens = rng.standard_normal((many, shapes["patches"], shapes["token_width"]), dtype=np.float32)
     ways = {n: lambda n=n: fit_whitening(np.concatenate(tokens[:n]), config.embedding.whiten) for n in (few, many)}

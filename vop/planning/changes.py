@@ -84,11 +84,11 @@ def changes(plan: Plan) -> Iterator[Change]:
             yield changed("embedding", shard_size=size)
     if retrieval.query_batch < LARGEST_BATCH:
         yield changed("retrieval", query_batch=LARGEST_BATCH)
-    actors = plan.stage("search").shards if plan.work.width else 0
+    actors = plan.stage("search").shards
     for fewer in sorted({actors // 4, asked.nodes * 4, asked.nodes}):
         if 0 < fewer < actors:
             yield changed("retrieval", shards=fewer)
-    if retrieval.cache is None and actors:
+    if retrieval.cache is None:
         yield Change("retrieval.cache=DIR", changed("retrieval", cache="/cache").plan)
     if retrieval.reuse_gb:
         yield changed("retrieval", reuse_gb=8 * retrieval.reuse_gb)
@@ -100,7 +100,7 @@ def changes(plan: Plan) -> Iterator[Change]:
         yield changed("embedding", "coarser descriptors", whiten=embedding.whiten // 2)
     if retrieval.shortlist and retrieval.shortlist >= 20:
         yield changed("retrieval", "fewer candidates are voted on", shortlist=retrieval.shortlist // 2)
-    if retrieval.index == "Flat" and actors and plan.work.database // actors > 10_000:
+    if retrieval.index == "Flat" and plan.work.database // actors > 10_000:
         lists = 2 ** round(math.log2(4 * (plan.work.database / actors) ** 0.5))
         yield changed("retrieval", "the shortlist misses some candidates", index=f"IVF{lists},Flat", shards=actors)
 

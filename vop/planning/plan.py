@@ -89,9 +89,7 @@ def make(config: Config, rates: Rates, asked: Asked) -> Plan:
         plan.network_gbit * NETWORK_BYTES,
     )  # fmt: skip
     work = Work(config, rates, **dataclasses.asdict(asked))
-    made = (stages.start(work), stages.embed(work, machines))
-    if config.embedding.patches:
-        made += (stages.search(work, machines), stages.lists(work, machines))
+    made = tuple(stage(work, machines) for stage in (stages.start, stages.embed, stages.search, stages.lists))
     planned = Plan(config, work, machines, made, ())
     return dataclasses.replace(planned, limits=tuple(_limits(planned)))
 
@@ -108,11 +106,18 @@ def check(config: Config, device: str) -> None:
             "nothing of a card: give plan.forward_images_per_s=N, the images a second of one card, or plan on a "
             "machine that has such a card (and take plan.file with you: plan.rates)"
         )
+    if not plan.gpus_per_node and plan.forward_images_per_s is None and device == "cuda":
+        raise ConfigError(
+            f"plan.gpus_per_node is 0, but {config.backbone} was measured on a card, which tells nothing of a core: give "
+            "plan.gpus_per_node=N, or plan.forward_images_per_s=N, the images a second of one core"
+        )
     if asked.device == "cuda" and plan.votes_pairs_per_s is None:
         raise ConfigError(
             "retrieval.device=cuda, but votes were measured on a CPU: give plan.votes_pairs_per_s=N, the pairs of "
             "images a second that one card scores (benchmarks/votes_gpu.py measures it)"
         )
+    if not config.embedding.patches:
+        raise ConfigError("embedding.patches=false makes a store of tokens to train on, for which there is no plan")
     if asked.patch_index is not None or not (asked.index == "Flat" or asked.index.startswith("IVF")):
         raise ConfigError(
             f"no plan is made for retrieval.index={asked.index}, retrieval.patch_index={asked.patch_index}: only for "
@@ -134,18 +139,15 @@ def _limits(plan: Plan) -> list[Limit]:
     need(f"memory of a node for {models} models", models * embedding.actor_bytes, offered)
     what = f"memory of the driver, which holds the catalog of {work.images:,} images"
     need(what, work.driver_bytes, machines.memory_bytes)
-    if work.width:
-        search = plan.stage("search")
-        per_node = -(-search.shards // machines.nodes)
-        need(
-            f"memory of a node for {per_node} of {search.shards} search actors", per_node * search.actor_bytes, offered
-        )
-        if plan.config.retrieval.cache is not None:
-            cache = work.database * work.image_bytes / machines.nodes
-            room = asked.cache_gb_per_node
-            need("disk of a node for retrieval.cache", cache, None if room is None else room * 1e9)
-        if plan.config.retrieval.device == "cuda":
-            need("cards, one for each search actor", search.shards, machines.cards, "cards")
+    search = plan.stage("search")
+    per_node = -(-search.shards // machines.nodes)
+    need(f"memory of a node for {per_node} of {search.shards} search actors", per_node * search.actor_bytes, offered)
+    if plan.config.retrieval.cache is not None:
+        cache = work.database * work.image_bytes / machines.nodes
+        room = asked.cache_gb_per_node
+        need("disk of a node for retrieval.cache", cache, None if room is None else room * 1e9)
+    if plan.config.retrieval.device == "cuda":
+        need("cards, one for each search actor", search.shards, machines.cards, "cards")
     if asked.storage == "local":
         need("disk for store and output", plan.disk, None if asked.disk_gb is None else asked.disk_gb * 1e9)
     return found

@@ -52,9 +52,8 @@ class Work:
 
     @property
     def width(self) -> int:
-        """E, numbers of a stored descriptor; 0 without patches."""
-        embedding = self.config.embedding
-        return (embedding.whiten or self.rates.width) if embedding.patches else 0
+        """E, numbers of a stored descriptor."""
+        return self.config.embedding.whiten or self.rates.width
 
     @property
     def manifest(self) -> dict:

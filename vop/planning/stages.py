@@ -192,7 +192,7 @@ def lists(work: Work, machines: Machines) -> Stage:
     )  # fmt: skip
 
 
-def start(work: Work) -> Stage:
+def start(work: Work, machines: Machines) -> Stage:
     """Until the driver and Ray are there, and until they are gone."""
     return Stage("start", [Part("Python and Ray", work.rates.fixed_s["start"], "measured, once", True)])
 

@@ -78,14 +78,13 @@ def _where_the_time_goes(plan: Plan) -> list[str]:
             lines.append(f"  {stage.name:<7}{mark} {part.name:<18} {duration(part.seconds):>9} = {part.how}")
     work = plan.work
     lines.append(
-        f"  the driver, one process, needs {size(work.driver_bytes)} of memory: {size(work.rates.driver_bytes)} an image "
-        "for the catalog"
+        f"  the driver, one process, needs {size(work.driver_bytes)} of memory, {size(work.rates.driver_bytes)} for "
+        "each image of the catalog"
     )
-    if work.width:
-        lines.append(
-            f"  {work.queries * work.candidates:,} pairs are listed, {work.pairs_scored:,} of them scored: the others "
-            "are known from their other side"
-        )
+    lines.append(
+        f"  {work.queries * work.candidates:,} pairs are listed, {work.pairs_scored:,} of them scored: the others "
+        "are known from their other side"
+    )
     return lines
 
 
