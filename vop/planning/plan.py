@@ -108,8 +108,8 @@ def check(config: Config, device: str) -> None:
         )
     if not plan.gpus_per_node and plan.forward_images_per_s is None and device == "cuda":
         raise ConfigError(
-            f"plan.gpus_per_node is 0, but {config.backbone} was measured on a card, which tells nothing of a core: give "
-            "plan.gpus_per_node=N, or plan.forward_images_per_s=N, the images a second of one core"
+            f"plan.gpus_per_node is 0, but {config.backbone} was measured on a card, which tells nothing of a core: "
+            "give plan.gpus_per_node=N, or plan.forward_images_per_s=N, the images a second of one core"
         )
     if asked.device == "cuda" and plan.votes_pairs_per_s is None:
         raise ConfigError(
