@@ -23,6 +23,7 @@ from vop.planning.timing import in_turns, line, on_cores
 from vop.store import EmbeddingStore, Selection, shard_name
 
 SAMPLE = 48  # images
+FEWEST = 8
 STRETCH = 8  # images of the sample that follow each other: they see the same, as the candidates of a search do
 AT_ONCE = 4  # cores that are measured together, at most: more threads would wait for each other in Python
 LONGEST_S = 2.0  # of one round of the models: slow ones are measured on fewer images
@@ -41,8 +42,10 @@ def measured(config: Config, listing: pa.Table, folder: str) -> Rates:
 
     Args:
         config: the settings of the job.
-        listing: name, path, scene, size, modified_ns of the sample, sorted by name; at least 8 images.
+        listing: name, path, scene, size, modified_ns of the sample, sorted by name; at least `FEWEST`.
         folder: an empty local folder.
+
+    Raises `ValueError` if fewer images than that can be read.
     """
     torch.set_num_threads(THREADS)
     count = listing.num_rows
@@ -51,6 +54,11 @@ def measured(config: Config, listing: pa.Table, folder: str) -> Rates:
     store = EmbeddingStore.create(files.join(folder, "store"), made.features, made.shapes, made.arrays)
     described, embedding = _describing(config, store, sample)
     selection = _stored(store, listing, described)
+    if len(selection) < FEWEST:
+        raise ValueError(
+            f"{len(selection)} of the {count} images of the sample can be read, but rates are measured on {FEWEST} at "
+            "least: `vop embed` names what is wrong with each"
+        )
     process_bytes = peak_bytes()
     width = made.features["encoder"]["width"] if made.features["encoder"] else made.shapes["token_width"]
     return Rates(
@@ -111,7 +119,7 @@ def _whitening(config: Config, shapes: dict) -> float:
 
 
 def _stored(store: EmbeddingStore, listing: pa.Table, described: pa.Table) -> Selection:
-    """The sample in the store, as a selection. Raises `ValueError` if no image of it can be read."""
+    """The sample in the store, as a selection. Raises `StoreError` if no image of it can be read."""
     planned, _ = store.plan(listing, listing.num_rows, False, lambda name: None)
     ids = planned.images.select(["image_id", "name"])
     for name, values in (("image_id", ids["image_id"]), ("shard_rows", pa.array([len(ids)] * len(ids)))):
@@ -122,10 +130,16 @@ def _stored(store: EmbeddingStore, listing: pa.Table, described: pa.Table) -> Se
 
 
 def _storing(store: EmbeddingStore, described: pa.Table, selection: Selection) -> dict[str, float]:
-    """Seconds for a megabyte written and read."""
+    """Seconds for a megabyte written and read, and until a disk has a file."""
     good = described.filter(described["error"].is_null())
     good = good.drop_columns(["path", "shard", "error", "scene", "size", "modified_ns"])
     good = good.append_column("image_id", pa.array(np.arange(len(good))))
     took = in_turns({"write": lambda: store.write_shard(1, good, []), "read": selection.read})
+    waits = []
+    for number in range(8):
+        start = time.perf_counter() - time.process_time()
+        files.write_bytes(files.join(store.path, f"waiting-{number}"), b"-")
+        waits.append(time.perf_counter() - time.process_time() - start)
     megabytes = files.listing(store.path)[f"{shard_name(1)}.parquet"] / 1e6
-    return {f"{name}_s": seconds / megabytes for name, seconds in took.items()}
+    rates = {f"{name}_s": seconds / megabytes for name, seconds in took.items()}
+    return rates | {"file_s": max(0.0, min(waits))}  # the least: the others waited for what else runs

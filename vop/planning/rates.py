@@ -43,6 +43,8 @@ class Rates:
     """Add an image to the sample that the models are adapted to."""
     write_s: float
     """Write a megabyte of a shard: Parquet, sync, hash."""
+    file_s: float
+    """Wait until the disk has a small file, on the clock."""
     read_s: float
     """Read a megabyte of a store."""
     catalog_s: float

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vop.planning.shape import Machines, Work
+from vop.planning.shape import BYTES, Machines, Work
 from vop.retrieval.search import shard_count
 
 DECODING = 0.6  # of the cores take decoding tasks where models run on cores; the rest is reserved for the models
@@ -121,7 +121,8 @@ def search(work: Work, machines: Machines) -> Stage:
     votes = work.pairs_scored / queries * pair
     batch = min(asked.query_batch, queries)
     sent = 2 * actors * rates.message_s / batch
-    files = 2 * request * (1 + asked.keep_votes + 1) / batch  # the queries of a batch, its pairs, its votes
+    written = (1 + asked.keep_votes) * (request if remote else rates.file_s)  # pairs, and votes
+    files = (2 * request + written) / batch  # the queries of a batch come in two requests
     driver = rates.driver_query_s + work.candidates * rates.driver_pair_s + sent + files
     each = at_actor + votes / actors
     together = [
@@ -135,7 +136,7 @@ def search(work: Work, machines: Machines) -> Stage:
         busy = driver + actors * each
         together.append(Part("cores", queries * busy / machines.cores, f"{_count(queries)} queries x {_ms(busy)} / "
                              f"{machines.cores} cores"))  # fmt: skip
-    sending = work.rates.patches * work.width * (1 if work.config.embedding.dtype == "int8" else 2) * queries
+    sending = queries * rates.patches * work.width * BYTES[work.config.embedding.dtype]
     nodes = min(actors, machines.nodes)
     if nodes > 1:
         together.append(Part("network", sending * (nodes - 1) / machines.network_bytes_s,

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from vop import files
 from vop.config import Config, ConfigError
 from vop.datasets import rendered
+from vop.datasets.benchmark import open_benchmark
 from vop.datasets.folder import list_images
-from vop.datasets.image_sets import ImageSets, open_image_sets
+from vop.datasets.image_sets import ImageSets
 from vop.image import to_jpeg
 from vop.planning import calibration, changes, plan, table
 from vop.planning.plan import Asked, Plan
@@ -32,7 +33,6 @@ from vop.stages.messages import message_seconds
 
 TRIAL = 16  # images of the small job that is run to see what Ray and its processes cost
 SAMPLED = 8  # of them are sampled
-FEWEST = 8  # images that rates are measured on
 RENDERED = 24  # where there is no collection
 
 
@@ -55,8 +55,8 @@ def planned(config: Config, register: Callable[[Config], Run]) -> Planned:
     """
     told = here(config)
     sets = None
-    if any(source is not None for source in (config.images, config.queries, config.database)):
-        sets = open_image_sets(config)
+    if any(source is not None for source in (config.images, config.queries, config.database, config.dataset.format)):
+        sets = open_benchmark(config).sets
     asked = size(config, sets)
     known = Rates.read(config.plan.rates, config) if config.plan.rates else None
     plan.check(config, known.device if known else device())  # before half a minute of measuring
@@ -140,10 +140,10 @@ def _sample(config: Config, sets: ImageSets | None, folder: str) -> pa.Table:
         sets = ImageSets(f"{folder}/images", images, (), (), {})
     listing = sets.listing().sort_by("name")
     listing = listing.filter(pc.greater(listing["size"], 0))
-    if listing.num_rows < FEWEST:
+    if listing.num_rows < calibration.FEWEST:
         raise ConfigError(
-            f"there are {listing.num_rows} images that are not empty, but rates are measured on {FEWEST} at least: so "
-            "few need no plan; or give plan.images=N without images=, and rendered ones are measured"
+            f"there are {listing.num_rows} images that are not empty, but rates are measured on {calibration.FEWEST} "
+            "at least: so few need no plan; or give plan.images=N without images=, and rendered ones are measured"
         )
     return listing.take(pa.array(calibration.stretches(listing.num_rows)))
 
