@@ -203,7 +203,7 @@ def test_a_collection_that_no_change_makes_fit_is_divided():
     told = {"nodes": 64, "memory_gb_per_node": 40.0, "disk_gb": 1e6}
     found = planned(10**8, told=told)
     assert len(found.limits) == 2
-    (remedy,) = changes.remedies(found)
+    (remedy,) = changes.remedies(found)  # more memory, or more nodes, alone mend one of both
     assert remedy.label.startswith("8 jobs")
     assert "not paired" in remedy.price
     assert remedy.plan.seconds == pytest.approx(8 * planned(10**8 // 8, told=told).seconds)

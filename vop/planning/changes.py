@@ -17,25 +17,32 @@ PARTS = (2, 4, 8, 16, 32, 64, 128)  # jobs that a collection may be divided over
 
 @dataclass(frozen=True)
 class Change:
-    """Another plan, and what to write to get it. `price`: what is lost, "" where the result is the same."""
+    """Another plan, and what to write to get it.
+
+    price: what is lost, "" where the result is the same; larger: how many times as much a node is taken to cost.
+    """
 
     label: str
     plan: Plan
     price: str = ""
+    larger: float = 1.0
 
     @property
     def bill(self) -> float:
         """Of the whole."""
-        return self.plan.bill
+        return self.plan.bill_with(self.larger)
 
 
 def cheapest(plan: Plan) -> list[Change]:
-    """The changes that remove the first bottleneck, by bill; those that change the result come last."""
+    """The changes that remove the first bottleneck, by bill; those that change the result come last.
+
+    Of a plan that does not fit they need not make it fit.
+    """
     stage, part = plan.bottleneck(scaling=True)
     found = [
         change
         for change in changes(plan)
-        if not change.plan.limits
+        if {limit.what for limit in change.plan.limits} <= {limit.what for limit in plan.limits}
         and change.plan.seconds_of(stage.name, part.name) <= REMOVED * part.seconds
         and change.plan.seconds <= SHORTER * plan.seconds
     ]
@@ -56,10 +63,10 @@ def chain(plan: Plan) -> list[Change]:
 def remedies(plan: Plan) -> list[Change]:
     """The changes with which a plan fits, by bill; those that change the result come last.
 
-    One change at a time; where none is enough, more machines or a division of the collection are tried further.
+    One change at a time, and, where none is enough, as many machines as it takes; the last resort is a division.
     """
     found = [change for change in changes(plan) if not change.plan.limits]
-    found = found or [*_more_machines(plan), *_divided(plan)]
+    found = [*(found or _more_machines(plan)), *_divided(plan)]
     return sorted(found, key=lambda change: (bool(change.price), round(change.bill, 9), change.plan.seconds))
 
 
@@ -68,17 +75,17 @@ def changes(plan: Plan) -> Iterator[Change]:
     config, asked = plan.config, plan.config.plan
     embedding, retrieval = config.embedding, config.retrieval
 
-    def changed(section: str, price: str = "", **values: object) -> Change:
+    def changed(section: str, price: str = "", larger: float = 1.0, **values: object) -> Change:
         new = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
         return Change(" ".join(f"{section}.{key}={_shown(value)}" for key, value in values.items()),
-                      _again(plan, new), price)  # fmt: skip
+                      _again(plan, new), price, larger)  # fmt: skip
 
     yield changed("plan", nodes=2 * asked.nodes)
     if asked.gpus_per_node:
         yield changed("plan", gpus_per_node=2 * asked.gpus_per_node)
-    yield changed("plan", cpus_per_node=2 * asked.cpus_per_node)
-    yield changed("plan", network_gbit=2 * asked.network_gbit)
-    yield changed("plan", memory_gb_per_node=2 * asked.memory_gb_per_node)
+    yield changed("plan", larger=2.0, cpus_per_node=2 * asked.cpus_per_node)
+    yield changed("plan", larger=2.0, network_gbit=2 * asked.network_gbit)
+    yield changed("plan", larger=2.0, memory_gb_per_node=2 * asked.memory_gb_per_node)
     for size in (embedding.shard_size * 8, embedding.shard_size * 4, max(16, embedding.shard_size // 4)):
         if size != embedding.shard_size:
             yield changed("embedding", shard_size=size)

@@ -60,9 +60,13 @@ class Plan:
     @property
     def bill(self) -> float:
         """Price of all machines for the whole job."""
+        return self.bill_with(1.0)
+
+    def bill_with(self, larger: float) -> float:
+        """The bill if a node without its cards costs so many times what was stated."""
         asked = self.config.plan
         node, card = (asked.node_price, asked.gpu_price) if self.priced else (1.0, 1.0)
-        return self.seconds / 3600 * self.machines.nodes * (node + self.machines.gpus * card)
+        return self.seconds / 3600 * self.machines.nodes * (larger * node + self.machines.gpus * card)
 
     def stage(self, name: str) -> Stage:
         """A stage by its name."""

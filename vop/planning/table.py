@@ -16,8 +16,8 @@ SHOWN = 3  # changes
 def page(plan: Plan) -> str:
     """All that a plan says."""
     lines = [_asked(plan), "", *_table(plan), "", *_where_the_time_goes(plan), ""]
-    lines += _refusal(plan) if plan.limits else _bottleneck(plan)
-    return "\n".join([*lines, "", *_assumed(plan)])
+    lines += [*_refusal(plan), ""] if plan.limits else []
+    return "\n".join([*lines, *_bottleneck(plan), "", *_assumed(plan)])
 
 
 def _asked(plan: Plan) -> str:
@@ -116,7 +116,7 @@ def _changes(title: str, plan: Plan, found: Sequence[changes.Change]) -> list[st
         price = f" ({change.price})" if change.price else ""
         lines.append(
             f"  {change.label}: {duration(plan.seconds)} -> {duration(then.seconds)}, bill {plan.bill:,.3g} -> "
-            f"{then.bill:,.3g}{unit}, then waits for {waits}{price}"
+            f"{change.bill:,.3g}{unit}, then waits for {waits}{price}"
         )
     return [f"{title}:", *lines]
 

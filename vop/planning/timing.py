@@ -13,7 +13,9 @@ ROUNDS = 3
 
 
 def in_turns(
-    ways: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS, clock: Callable[[], float] = time.process_time
+    ways: Mapping[Hashable, Callable[[], object]],
+    clock: Callable[[], float] = time.process_time,
+    of_rounds: Callable[[list[float]], float] = np.median,
 ) -> dict[Hashable, float]:
     """Median seconds of every way; each has been called once before, for what is compiled or loaded then.
 
@@ -23,12 +25,12 @@ def in_turns(
     for way in ways.values():
         way()
     took: dict[Hashable, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, way in ways.items():
             start = clock()
             way()
             took[name].append(clock() - start)
-    return {name: float(np.median(seconds)) for name, seconds in took.items()}
+    return {name: float(of_rounds(seconds)) for name, seconds in took.items()}
 
 
 def line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
