@@ -219,6 +219,8 @@ def test_the_cheapest_change_removes_the_bottleneck():
     assert all(best.bill <= other.bill for other in others if not other.price)
     assert best.label in ("retrieval.query_batch=1024", "retrieval.shards=64")
     chain = changes.chain(found)
+    assert chain
+    assert all(one.bill <= found.bill and not one.price for one in chain)
     assert [one.plan.seconds for one in chain] == sorted((one.plan.seconds for one in chain), reverse=True)
 
 

@@ -50,10 +50,11 @@ def cheapest(plan: Plan) -> list[Change]:
 
 
 def chain(plan: Plan) -> list[Change]:
-    """The cheapest change, the cheapest to make then, and so on; none that changes the result."""
+    """The cheapest change, the cheapest to make then, and so on; none that costs more or changes the result."""
     found: list[Change] = []
     while len(found) < LONGEST_CHAIN:
-        more = [change for change in cheapest(found[-1].plan if found else plan) if not change.price]
+        last = found[-1].plan if found else plan
+        more = [change for change in cheapest(last) if not change.price and change.bill <= last.bill]
         if not more:
             break
         found.append(more[0])

@@ -81,10 +81,9 @@ def _where_the_time_goes(plan: Plan) -> list[str]:
         f"  the driver, one process, needs {size(work.driver_bytes)} of memory, {size(work.rates.driver_bytes)} for "
         "each image of the catalog"
     )
-    lines.append(
-        f"  {work.queries * work.candidates:,} pairs are listed, {work.pairs_scored:,} of them scored: the others "
-        "are known from their other side"
-    )
+    listed, scored = work.queries * work.candidates, work.pairs_scored
+    others = ": the others are known from their other side" if scored < listed else ""
+    lines.append(f"  {listed:,} pairs are listed, {scored:,} of them scored{others}")
     return lines
 
 
