@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train the encoder on images whose overlaps are known, or on warped copies of any images",
     "export-matches": "write the features and matches of a finished run for hloc, or as a COLMAP database",
     "status": "tell how far the run in a directory is, while it runs and after it died: vop status DIR",
+    "plan": "say what a collection would take on a cluster: hours, memory, disk, bottleneck; refuse what cannot fit",
     "report": "write report.html of a finished run again",
     "demo": "render rooms with known overlaps, register them, print precision and recall",
     "export-h5": "write a store in the layout of the original's overlap_feats.h5",

@@ -25,6 +25,7 @@ ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}
 PATHS = (
     *("images", "queries", "database", "output", "store", "truth", "positions", "h5", "tokens"),
     *("cameras", "pair_list", "features", "matches", "dataset.root", "export.hloc", "export.colmap"),
+    *("plan.rates", "plan.file"),
     *("pair_labels", "train.labels", "train.scenes", "train.validation", "train.cache", "retrieval.cache"),
 )
 PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell

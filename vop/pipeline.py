@@ -14,7 +14,7 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, labels, matches, poses, training
+from vop.steps import embeddings, exports, labels, matches, planning, poses, training
 from vop.steps import pairs as ranking
 from vop.steps.report import known_overlaps, reported, reported_training
 from vop.steps.status import Status
@@ -128,6 +128,14 @@ def export_matches(config: Config) -> Run:
             exports.to_colmap(config, job, run)
     job.counts["pairs_left_out"] = run.left_out
     return job
+
+
+def plan(config: Config) -> planning.Planned:
+    """Say what a collection would take on a cluster, before it is started there; nothing is kept of what is measured.
+
+    Raises `ConfigError` with the plan for one that does not fit.
+    """
+    return planning.planned(config, register)
 
 
 def demo(config: Config) -> Run:

@@ -28,7 +28,14 @@ from vop.store import Selection
 # Their number is fixed: what a report shows must not decide whether a search is done already.
 RANKED = pairs.SCHEMA.append(pa.field("patch_weights", pa.list_(pa.float32())))
 
+SMALL_SHARD = 500  # images; fewer do not repay the start of another actor
 PROCESS = 300_000_000  # bytes of a shard's process without data: Python, Arrow, FAISS and compiled code
+
+
+def shard_count(database: int, retrieval: RetrievalConfig, workers: int) -> int:
+    """Shards that a database of so many images is split over, by this many cores or graphics cards."""
+    asked = retrieval.shards or min(workers, -(-database // SMALL_SHARD))
+    return max(1, min(asked, database))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from vop import files
 from vop.schema.bounds import ConfigError, positive, require
 from vop.schema.images import DatasetConfig, EmbeddingConfig
+from vop.schema.planning import PlanConfig
 from vop.schema.poses import ExportConfig, MatchingConfig, PoseConfig
 from vop.schema.search import ILLUSTRATED, PairsConfig, ReportConfig, RetrievalConfig
 from vop.schema.training import TrainConfig
@@ -23,6 +24,7 @@ __all__ = [
     "ExportConfig",
     "MatchingConfig",
     "PairsConfig",
+    "PlanConfig",
     "PoseConfig",
     "ReportConfig",
     "RetrievalConfig",
@@ -113,6 +115,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
 

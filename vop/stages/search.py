@@ -14,12 +14,11 @@ import ray
 from vop.retrieval import pair_votes, shortlist
 from vop.retrieval.index import ShardIndex, Wanted
 from vop.retrieval.reuse import Reuse
-from vop.retrieval.search import QueryBatch, Search
+from vop.retrieval.search import QueryBatch, Search, shard_count
 from vop.retrieval.shortlist import Shortlist
 from vop.schema import RetrievalConfig
 from vop.stages import cluster, watch
 
-SMALL_SHARD = 500  # images; fewer do not repay the start of another actor
 IN_FLIGHT = 2  # batches submitted ahead of the one being merged, for each of the two questions
 # How often Ray restarts a shard and asks it again: without bound, since every try to reach a node that is gone counts
 # until Ray has noticed, which takes 15 to 30 s. What ends it is retrieval.timeout_s.
@@ -205,8 +204,7 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
 def shard_rows(database_size: int, retrieval: RetrievalConfig) -> list[np.ndarray]:
     """Database rows of every shard: contiguous, as even as can be."""
     workers = cluster.gpus() if retrieval.device == "cuda" else cluster.cpus()
-    asked = retrieval.shards or min(workers, -(-database_size // SMALL_SHARD))
-    return np.array_split(np.arange(database_size), max(1, min(asked, database_size)))
+    return np.array_split(np.arange(database_size), shard_count(database_size, retrieval, workers))
 
 
 @contextmanager
