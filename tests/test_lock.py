@@ -70,14 +70,28 @@ def test_a_killed_process_lets_go_of_a_disk_at_once(place):
 
 
 @pytest.mark.parametrize("place", ["bucket"], indirect=True)
-def test_a_lease_that_nobody_renews_is_taken_over(place, monkeypatch):
+def test_a_lease_that_nobody_renews_is_taken_over(place, tmp_path, monkeypatch):
     abandoned = {**ME, "process": 0, "token": "of a machine that burnt down", "renewals": 7}
     files.write_json(files.join(place, lock.HOLDER), abandoned)
+    then = time.time() - 3600
+    os.utime(tmp_path / "bucket/run" / lock.HOLDER, (then, then))
+    assert lock.holder(place) is None
     monkeypatch.setattr(time, "time", lambda: 0.0)  # clocks do not matter
     before = time.monotonic()
     with lock.held(place, ME):
         assert time.monotonic() - before >= lock.EXPIRED_S
         assert lock.holder(place)["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_all_leases_of_a_run_that_was_found_dead_are_free_at_once(place):
+    abandoned = {**ME, "run": "that died", "process": 0, "token": "of its own", "renewals": 7}
+    for folder in ("run", "run/store"):
+        files.write_json(f"s3://bucket/{folder}/{lock.HOLDER}", abandoned)
+    with lock.held(place, ME):
+        before = time.monotonic()
+        with lock.held(f"{place}/store", ME):
+            assert time.monotonic() - before < lock.EXPIRED_S
 
 
 @pytest.mark.parametrize("place", ["bucket"], indirect=True)
