@@ -19,7 +19,7 @@ from pathlib import Path
 
 from embed import CORES, PeakMemory, busy_cores, rendered_images
 
-STEPS = {"load models": "calibrate", "embed": "embed", "search": "search", "evaluate and report": "report"}
+STEPS = {"load models": "calibrate", "embed": "embed", "search": "search", "report": "report"}
 
 
 def register(images: list[str], output: Path, memory: bool) -> dict[str, float]:

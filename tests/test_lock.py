@@ -84,8 +84,9 @@ def test_a_lease_that_nobody_renews_is_taken_over(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["bucket"], indirect=True)
-def test_all_leases_of_a_run_that_was_found_dead_are_free_at_once(place):
+def test_all_leases_of_a_run_that_was_found_dead_are_free_at_once(place, tmp_path):
     abandoned = {**ME, "run": "that died", "process": 0, "token": "of its own", "renewals": 7}
+    (tmp_path / "bucket/run/store").mkdir()
     for folder in ("run", "run/store"):
         files.write_json(f"s3://bucket/{folder}/{lock.HOLDER}", abandoned)
     with lock.held(place, ME):

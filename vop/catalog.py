@@ -113,8 +113,10 @@ def pending(images: pa.Table, receipts: Mapping[int, dict] | set[int]) -> dict[i
     """Planned images by shard, for the shards without a receipt."""
     planned = images.filter(pc.equal(images["status"], PLANNED))
     shards = planned["shard"].to_numpy()
-    unreceipted = [int(number) for number in np.unique(shards) if number not in receipts]
-    return {number: planned.filter(pa.array(shards == number)) for number in unreceipted}
+    order = np.argsort(shards, kind="stable")
+    numbers, starts = np.unique(shards[order], return_index=True)
+    rows = zip(numbers.tolist(), np.split(order, starts[1:]), strict=True) if len(order) else ()
+    return {number: planned.take(pa.array(where)) for number, where in rows if number not in receipts}
 
 
 def finish(images: pa.Table, receipts: Mapping[int, dict], embedded: Callable[[int], pa.Table]) -> pa.Table:

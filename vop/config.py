@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vop import files
+from vop import files, storage
 from vop.schema import Config, ConfigError
 
 # A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
@@ -30,11 +30,6 @@ PATHS = (
 )
 PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell
 # Credentials in a URI: NAME:PASSWORD@ (but not HOST:PORT/...@), and in its query what object stores sign requests with.
-LOGIN = re.compile(r"://[^/?#@\s]*:(?!\d*/)[^?#\s]*@")
-SECRET = re.compile(
-    r"://.*[?&;][^=&;]*(secret|passw|token|credential|signature|\bsig\b|(access|api|account)[-_]?key)[^=&;]*=",
-    re.IGNORECASE,
-)
 
 
 def load(config_files: Iterable[str] = (), overrides: Iterable[str] = (), **values: object) -> Config:
@@ -100,11 +95,8 @@ def _from_dotlist(overrides: Iterable[str]) -> tuple[str, object]:
 
 def check_uri(key: str, value: str) -> None:
     """Raise `ConfigError`, which does not show it, for a URI with a password or another secret in it."""
-    if LOGIN.search(value) or SECRET.search(value):
-        raise ConfigError(
-            f"{key} is a URI with credentials in it, and a run writes its config down: give them in the environment "
-            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) or by the role of the machine, and a URI without"
-        )
+    if storage.has_credentials(value):
+        raise ConfigError(f"{key} is {storage.WITH_CREDENTIALS}")
 
 
 def _check_values(content: object, key: str, origin: str) -> None:

@@ -24,7 +24,16 @@ GCS_RETRY_S = 60
 PART = 10 << 20  # bytes; S3 takes what is smaller in one request, and pyarrow sends larger files in pieces of this size
 PARTS_IN_FLIGHT = 4
 _MISTAKEN = ("Failed to flush response stream", "during CompleteMultipartUpload operation")
-_CREDENTIALS = re.compile(r"[?&](access_key|secret_key|session_token|x-amz-[a-z]+)=", re.IGNORECASE)
+_LOGIN = re.compile(r"://[^/?#@\s]*:(?!\d*/)[^?#\s]*@")
+_SECRET = re.compile(
+    r"://.*[?&;][^=&;]*(secret|passw|token|credential|signature|\bsig\b|(access|api|account)[-_]?key)[^=&;]*=",
+    re.IGNORECASE,
+)
+WITH_CREDENTIALS = (
+    "a URI with credentials in it, and a run writes its paths down: give them in the environment of every node "
+    "(AWS_ACCESS_KEY_ID, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, ...) or by the role of the machines, and a URI "
+    "without (docs/storage.md)"
+)
 _OPTIONS = re.compile(r"[?&](endpoint_override|scheme|region|allow_\w+|tls_\w+|retry_\w+)=", re.IGNORECASE)
 _ERROR = re.compile(r"(?:AWS Error |google::cloud::Status\()(?P<code>\w+)(?: \(HTTP status (?P<status>\d+)\))?")
 _DENIED = {"ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID",
@@ -48,6 +57,11 @@ def is_local(path: str | os.PathLike) -> bool:
     return not is_uri(path) or str(path).startswith("file://")
 
 
+def has_credentials(text: str) -> bool:
+    """Whether a text holds a URI with a secret in it: say `WITH_CREDENTIALS` of it, and do not show it."""
+    return bool(_LOGIN.search(text) or _SECRET.search(text))
+
+
 def plain(uri: str) -> str:
     """The URI, if it says where something lies and nothing else.
 
@@ -55,13 +69,9 @@ def plain(uri: str) -> str:
     """
     scheme, rest = uri.split("://", 1)
     bucket = rest.split("/", 1)[0]
-    if "@" in bucket or _CREDENTIALS.search(uri):
-        shown = bucket.rpartition("@")[2].split("?")[0]
-        raise ValueError(
-            f"the path {scheme}://{shown}/... holds credentials, and paths are written into run directories and logs: "
-            "take them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or "
-            "GOOGLE_APPLICATION_CREDENTIALS on every node, or give the machines a role (docs/storage.md)"
-        )
+    user = "@" in bucket and scheme in ("s3", "gs", "gcs")  # in other schemes what stands there need be no secret
+    if user or has_credentials(uri):
+        raise ValueError(f"the path to {bucket.rpartition('@')[2].split('?')[0]} is {WITH_CREDENTIALS}")
     if found := _OPTIONS.search(uri):
         raise ValueError(
             f"{uri!r} holds the option {found[1]}, but a path says only where something lies: set AWS_ENDPOINT_URL or "
