@@ -154,13 +154,15 @@ def photograph(path, size=(64, 48), model="One", orientation=1, focal=28):
     return str(path)
 
 
-def test_cameras_are_guessed_from_exif_and_shared(tmp_path):
+def test_cameras_are_guessed_from_exif_and_shared(tmp_path, store):
     one, other = (photograph(tmp_path / f"{name}.jpg") for name in ("one", "other"))
     turned = photograph(tmp_path / "turned.jpg", orientation=6)
     second = photograph(tmp_path / "second.jpg", model="Two")
     guesses = {path: colmap.guessed_camera(path, (64, 48)) for path in (one, other, second)}
     guesses |= {turned: colmap.guessed_camera(turned, (48, 64))}
-    guesses |= {path: colmap.guessed_camera(path, (64, 48)) for path in (str(tmp_path / "gone.jpg"), "s3://x/y.jpg")}
+    guesses |= {
+        path: colmap.guessed_camera(path, (64, 48)) for path in (str(tmp_path / "gone.jpg"), store.uri("y.jpg"))
+    }
     expected = pycolmap.infer_camera_from_image(one)
     for path in (one, other, second, turned):
         assert guesses[path].source == colmap.EXIF

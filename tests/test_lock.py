@@ -126,8 +126,11 @@ def test_of_two_that_come_at_once_one_has_it(place):
 
 @pytest.mark.parametrize("place", ["bucket"], indirect=True)
 def test_one_that_was_taken_for_dead_stops(place):
-    with pytest.raises(LockedError, match=r"`vop train` .process 4711"), lock.held(place, ME):
-        taken = {**ME, "command": "train", "process": 4711, "token": "of another", "renewals": 1}
+    taken = {**ME, "command": "train", "process": 4711, "token": "of another", "renewals": 1}
+    with pytest.raises(LockedError, match=r"`vop train` .process 4711"), lock.held(place, ME) as check:
+        check()
         files.write_json(files.join(place, lock.HOLDER), taken)
-        time.sleep(5)
+        time.sleep(5 * lock.RENEWED_S)
+        check()
+        pytest.fail("it was not told")
     assert lock.holder(place) == taken  # it is not ours to remove

@@ -23,7 +23,7 @@ RATES = Rates(
     made_with={"backbone": "xfeat", "block": None, "encoder": None, "image_size": 224},
     device="cpu", cores=2, measured_images=48, patches=256, token_width=256, width=256, global_width=256,
     image_bytes=1e6, decode_s=0.010, forward_s=0.030, sampled_s=0.040, write_s=0.0, file_s=0.0, read_s=0.0,
-    catalog_s=1e-5, pending_s=0.0, receipt_s=0.0, facts_s=0.0, prepare_s=1e-6, shortlist_row_s=1e-7,
+    catalog_s=1e-5, receipt_s=0.0, facts_s=0.0, prepare_s=1e-6, shortlist_row_s=1e-7,
     shortlist_query_s=1e-5, pair_s=1e-4, votes_query_s=1e-5, driver_query_s=1e-3, driver_pair_s=2e-5, message_s=1e-3,
     listed_s=2e-6, mutual=0.5, vote_bytes=240.0, kept_bytes=140.0, ranked_bytes=25.0, catalog_bytes=60.0,
     driver_bytes=2000.0, process_bytes=8e8,
@@ -138,7 +138,7 @@ def test_twice_the_nodes_halve_what_is_divided_and_nothing_else():
 def test_an_object_store_is_waited_for():
     near, far = planned(10**5), planned(10**5, told={"storage": "object", "request_ms": 50})
     assert parts(far.stage("embed"))["requests"] == pytest.approx(10**5 * 0.060 / (4 * stages.DECODING))
-    assert parts(far.stage("embed"))["receipts"] == pytest.approx(782 * (3 + 2) * 0.050)
+    assert parts(far.stage("embed"))["receipts"] == pytest.approx(782 * (3 / 16 + 2) * 0.050)
     assert far.seconds > near.seconds
 
 
@@ -298,14 +298,7 @@ def test_a_plan_of_a_collection_is_measured_here(rendered_collection, local_ray,
     rates, counted = found.work.rates, ran["job"].counts
     assert found.work.images == 24
     measured = {name: value for name, value in rates.to_json().items() if name.endswith(("_s", "_bytes"))}
-    free = {
-        "fixed_s",
-        "votes_query_s",
-        "driver_query_s",
-        "shortlist_query_s",
-        "pending_s",
-        "file_s",
-    }  # what is left of a line
+    free = {"fixed_s", "votes_query_s", "driver_query_s", "shortlist_query_s", "file_s"}  # what is left of a line
     assert all(value > 0 for name, value in measured.items() if name not in free), measured
     assert all(measured[name] >= 0 for name in free - {"fixed_s"})
     assert set(rates.fixed_s) == {*SECONDS}

@@ -285,7 +285,7 @@ def test_the_bound_on_the_rounding_holds(kinds, seed, E):
     error = np.abs(x @ x.T - np.outer(scale, scale) * (q @ q.T))
     bound = np.outer(norm + rest, rest) + np.outer(rest, norm)
     assert (error <= bound * (1 + 1e-12)).all()
-    if "aligned" in kinds and set(kinds) <= {"aligned", "random"} and E >= 256:
+    if set(kinds) == {"aligned"} and E >= 256:
         assert (error > 0.3 * bound).any(), "the data no longer try the bound"
 
 

@@ -6,12 +6,11 @@ measured, so that clocks which differ, or jump, do not matter.
 """
 
 import os
-import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from json import JSONDecodeError
@@ -40,14 +39,15 @@ def identity(command: str, run: str) -> dict:
 
 
 @contextmanager
-def held(directory: str, who: dict) -> Iterator[None]:
+def held(directory: str, who: dict) -> Iterator[Callable[[], None]]:
     """Be the only run that writes in a directory, which is created; `who` as of `identity`.
 
-    Raises `LockedError` if another run does, after a few seconds on a disk and within a minute in an object store;
-    there also at any later moment, if this process was suspended for so long that another took it for dead.
+    Yields what is to be called now and then: it raises `LockedError` once this process was suspended for so long that
+    another took it for dead, and the lock in an object store. Raises `LockedError` at once if another run holds it,
+    after a few seconds on a disk and within a minute in a store.
     """
-    with _leased(directory, who) if files.is_uri(directory) else _flocked(directory, who):
-        yield
+    with _leased(directory, who) if files.is_uri(directory) else _flocked(directory, who) as check:
+        yield check
 
 
 def holder(directory: str) -> dict | None:
@@ -81,7 +81,7 @@ def _refused(directory: str) -> LockedError:
 
 
 @contextmanager
-def _flocked(directory: str, who: dict) -> Iterator[None]:
+def _flocked(directory: str, who: dict) -> Iterator[Callable[[], None]]:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=PATIENCE_S)
@@ -91,7 +91,7 @@ def _flocked(directory: str, who: dict) -> Iterator[None]:
         raise _refused(directory) from None
     try:
         files.write_json(folder / HOLDER, who)
-        yield
+        yield lambda: None
     finally:
         with suppress(OSError):  # it only tells; the lock is what is released below
             files.remove(folder / HOLDER)
@@ -99,7 +99,7 @@ def _flocked(directory: str, who: dict) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(directory: str, who: dict) -> Iterator[None]:
+def _leased(directory: str, who: dict) -> Iterator[Callable[[], None]]:
     lease = _Lease(files.join(directory, HOLDER), who | {"token": uuid.uuid4().hex})
     if not lease.free():
         raise _refused(directory)
@@ -108,13 +108,15 @@ def _leased(directory: str, who: dict) -> Iterator[None]:
     if not lease.mine():
         raise _refused(directory)
     ended = threading.Event()
+
+    def check() -> None:
+        if lease.lost:
+            raise _refused(directory)
+
     threading.Thread(target=lease.keep, args=(ended,), daemon=True).start()
     try:
-        yield
-    except KeyboardInterrupt:
-        if lease.lost:
-            raise _refused(directory) from None
-        raise
+        yield check
+        check()
     finally:
         ended.set()
         with suppress(OSError, StorageError):
@@ -155,6 +157,5 @@ class _Lease:
             with suppress(OSError, StorageError):  # the store may come back before the lease expires
                 if not self.mine():
                     self.lost = True
-                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it where it waits
                     return
                 self.renew()

@@ -76,8 +76,12 @@ class Run:
 
     @contextmanager
     def writing(self, directory: str) -> Iterator[None]:
-        """Be the only run that writes in a directory. Raises `LockedError` if another one does (`vop.lock`)."""
-        with lock.held(directory, lock.identity(self.command, self.id)):
+        """Be the only run that writes in a directory. Raises `LockedError` if another one does (`vop.lock`).
+
+        Another may also have taken it since: that is raised with the progress of a step.
+        """
+        with lock.held(directory, lock.identity(self.command, self.id)) as check:
+            self.observers.append(lambda beat: check())
             yield
 
     def record(self) -> dict:

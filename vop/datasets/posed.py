@@ -26,6 +26,7 @@ from vop.image import check_size, decode
 from vop.names import checked
 
 CAMERAS = "cameras.json"
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of one
 OVERLAP = "overlap.parquet"
 MAX_DEPTH = 65.535  # metres: what 16-bit millimetres can hold
 _NAMES_KEY = b"names"  # images without any overlap have no row; the file's metadata lists them
@@ -168,11 +169,12 @@ def decode_depth(data: bytes, path: str = "depth map") -> np.ndarray:
 
     Raises ValueError for anything else, and for one of more pixels than an image may have.
     """
-    if data:
+    png = data.startswith(PNG)
+    if png:
         check_size(data)
-    millimetres = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    millimetres = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
     if millimetres is None or millimetres.dtype != np.uint16 or millimetres.ndim != 2:
-        found = "no image" if millimetres is None else f"{millimetres.dtype} of shape {millimetres.shape}"
+        found = "no PNG" if millimetres is None else f"{millimetres.dtype} of shape {millimetres.shape}"
         raise ValueError(f"{path} holds {found}; expected a 16-bit single-channel PNG in millimetres")
     return millimetres.astype(np.float32) / 1000
 

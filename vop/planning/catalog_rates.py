@@ -12,7 +12,7 @@ from vop.datasets.folder import ImageFile
 from vop.datasets.image_sets import ImageSets
 from vop.parts import fingerprint
 from vop.planning.memory import peak_bytes
-from vop.planning.timing import in_turns, line
+from vop.planning.timing import in_turns
 from vop.store import EmbeddingStore, shard_name
 
 LINES = 4_000  # of the catalog that is timed
@@ -26,7 +26,6 @@ def measured(config: Config, store: EmbeddingStore, folder: str) -> dict[str, fl
     listed, size = _lines(LINES), config.embedding.shard_size
     written = EmbeddingStore(files.join(folder, "catalog"), {})
     finished = _catalogued(listed, size)
-    tables = {rows: _catalog(rows, RECEIPTS) for rows in (LINES, 50 * LINES)}
     for number in range(2, RECEIPTS):
         files.write_json(files.join(store.path, f"{shard_name(number)}.json"), {"shard": number, "sha256": "0" * 64})
     took = in_turns(
@@ -36,12 +35,9 @@ def measured(config: Config, store: EmbeddingStore, folder: str) -> dict[str, fl
             "receipts": store.receipts,
             "facts": lambda: store.shard_facts(0),
         }
-        | {rows: lambda table=table: catalog.pending(table, {}) for rows, table in tables.items()}
     )
-    _, pending = line(*((rows, took[rows]) for rows in tables))
     return {
         "catalog_s": took["plan"] / LINES,
-        "pending_s": pending / RECEIPTS,
         "receipt_s": took["receipts"] / RECEIPTS,
         "facts_s": took["facts"],
         "prepare_s": took["prepare"] / LINES,
@@ -99,12 +95,3 @@ def _lines(count: int) -> pa.Table:
             "modified_ns": rng.integers(10**18, 2 * 10**18, count),
         }
     )
-
-
-def _catalog(rows: int, shards: int) -> pa.Table:
-    """A catalog of planned images in so many shards."""
-    columns = {"image_id": np.arange(rows), "shard": np.arange(rows) * shards // rows}
-    arrays = {name: pa.array(values) for name, values in columns.items()} | {"status": pa.array(["planned"] * rows)}
-    lines = _lines(rows)
-    arrays |= {name: lines[name].combine_chunks() for name in lines.column_names}
-    return pa.table({f.name: arrays.get(f.name, pa.nulls(rows, f.type)) for f in catalog.SCHEMA}, catalog.SCHEMA)

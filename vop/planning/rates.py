@@ -48,9 +48,7 @@ class Rates:
     read_s: float
     """Read a megabyte of a store."""
     catalog_s: float
-    """The driver's work for an image: plan it, note what became of it."""
-    pending_s: float
-    """The driver's work for an image and a shard: who lies where."""
+    """The driver's work for an image: plan it, say where it lies, note what became of it."""
     receipt_s: float
     """Read the receipt of a shard."""
     facts_s: float

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vop.files import AT_ONCE
 from vop.planning.shape import BYTES, Machines, Work
 from vop.retrieval.search import shard_count
 
@@ -70,8 +71,8 @@ def embed(work: Work, machines: Machines) -> Stage:
     forward = forward_s(work)
     write = rates.write_s * work.image_bytes / 1e6
     sampled = min(embedding.sample, n) * (rates.sampled_s + request)
-    receipts = LISTINGS * shards * (rates.receipt_s + request) + shards * (rates.facts_s + 2 * request)
-    driver = n * rates.catalog_s + n * shards * rates.pending_s
+    receipts = LISTINGS * shards * (rates.receipt_s + request / AT_ONCE) + shards * (rates.facts_s + 2 * request)
+    driver = n * rates.catalog_s
     on_cards = machines.cards > 0
     replicas = embedding.encoders or (machines.cards if on_cards else machines.cores)
     replicas = min(replicas, shards)
@@ -93,8 +94,7 @@ def embed(work: Work, machines: Machines) -> Stage:
         [
             Part("start of models", rates.fixed_s["models"] + rates.fixed_s["embed"], "measured, once", True),
             Part("sample", sampled, f"{min(embedding.sample, n)} images x {_ms(sampled / min(embedding.sample, n))}"),
-            Part("catalog", driver, f"{_count(n)} images x ({_ms(rates.catalog_s)} + {_count(shards)} shards x "
-                 f"{_ms(rates.pending_s)}), one driver"),
+            Part("catalog", driver, f"{_count(n)} images x {_ms(rates.catalog_s)}, one driver"),
             Part("receipts", receipts, f"{_count(shards)} shards x {_ms(receipts / shards)}, one driver"),
         ],
         together,
@@ -116,6 +116,7 @@ def search(work: Work, machines: Machines) -> Stage:
     actors = shard_count(rows, asked, machines.cards if asked.device == "cuda" else machines.cores)
     held = -(-rows // actors)
     compared = 0.0 if asked.shortlist is None else _compared(asked.index, held)
+    receipt = LISTINGS * (rates.receipt_s + request / AT_ONCE)
     at_actor = compared * rates.shortlist_row_s + rates.shortlist_query_s + rates.votes_query_s
     pair = 1 / plan.votes_pairs_per_s if plan.votes_pairs_per_s else rates.pair_s
     votes = work.pairs_scored / queries * pair
@@ -159,8 +160,7 @@ def search(work: Work, machines: Machines) -> Stage:
         [
             Part("start of actors", rates.fixed_s["search"] + first, "measured, once", True),
             Part("names", rows * rates.prepare_s, f"{_count(rows)} images x {_ms(rates.prepare_s)}, one driver"),
-            Part("receipts", LISTINGS * work.shards * (rates.receipt_s + request), f"{_count(work.shards)} shards x "
-                 f"{_ms(LISTINGS * (rates.receipt_s + request))}, one driver"),
+            Part("receipts", work.shards * receipt, f"{_count(work.shards)} shards x {_ms(receipt)}, one driver"),
             Part("load", loading, f"{store / actors / 1e9:.3g} GB into each of {actors} actors"),
         ],
         together,
