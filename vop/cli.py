@@ -16,6 +16,8 @@ COMMANDS = {
     "retrieve": "rank the database images of every query",
     "match": "match the local features of listed pairs, or of those that it registers first",
     "relative-pose": "judge pairs by the relative poses that their matches give",
+    "localize": "estimate the poses of queries from a database whose poses are known",
+    "reconstruct": "make a COLMAP model, or several, of a collection",
     "train": "train the encoder on images whose overlaps are known, or on warped copies of any images",
     "export-matches": "write the features and matches of a finished run for hloc, or as a COLMAP database",
     "status": "tell how far the run in a directory is, while it runs and after it died: vop status DIR",
@@ -25,7 +27,9 @@ COMMANDS = {
     "export-h5": "write a store in the layout of the original's overlap_feats.h5",
     "import-h5": "make a store from a file in that layout",
 }
-JOBS = ("embed", "register", "retrieve", "match", "relative-pose", "train", "demo")  # what `vop submit` takes
+JOBS = (  # what `vop submit` takes
+    *("embed", "register", "retrieve", "match", "relative-pose", "localize", "reconstruct", "train", "demo"),
+)
 SUBMIT = "run one of the commands as a job on a Ray cluster and follow it"
 EXAMPLES = """examples:
   vop register images=photos output=run

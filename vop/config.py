@@ -23,10 +23,11 @@ from vop.schema import Config, ConfigError
 # A trained encoder's descriptors are spread otherwise than whitened tokens: its defaults, the paper's for MegaDepth.
 ENCODER_DEFAULTS = {"embedding": {"whiten": None}, "retrieval": {"radius": 0.2}}
 PATHS = (
-    *("images", "queries", "database", "output", "store", "truth", "positions", "h5", "tokens"),
-    *("cameras", "pair_list", "features", "matches", "dataset.root", "export.hloc", "export.colmap"),
+    *("images", "queries", "database", "root", "output", "store", "truth", "positions", "h5", "tokens"),
+    *("cameras", "pair_list", "features", "matches", "map", "dataset.root", "export.hloc", "export.colmap"),
     *("plan.rates", "plan.file"),
     *("pair_labels", "train.labels", "train.scenes", "train.validation", "train.cache", "retrieval.cache"),
+    "localize.intrinsics",
 )
 PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell
 # Credentials in a URI: NAME:PASSWORD@ (but not HOST:PORT/...@), and in its query what object stores sign requests with.

@@ -35,14 +35,14 @@ class ImageSets:
 def open_image_sets(config: Config) -> ImageSets:
     """List the images that `images`, `queries` and `database` of a config name.
 
-    Without queries or database, that set is every image. Names are relative to the root of `images`; without it, to
-    the deepest folder that holds both sets, as hloc has it. Raises `ConfigError` if too little is named, and what
+    Without queries or database, that set is every image. Names are relative to `root`; without it to the root of
+    `images`, and without these to the deepest folder that holds both sets, as hloc has it. Raises `ConfigError` if too little is named, and what
     `list_images` raises.
     """
     if config.images is None and (config.queries is None or config.database is None):
         raise ConfigError("no images: give images=FOLDER, or queries=FOLDER and database=FOLDER")
-    everything = None if config.images is None else list_images(config.images)
-    root = everything.root if everything else None
+    everything = None if config.images is None else list_images(config.images, config.root)
+    root = everything.root if everything else config.root
     queries, database = (
         everything if source is None else list_images(source, root) for source in (config.queries, config.database)
     )

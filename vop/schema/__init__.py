@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from vop import files
 from vop.schema.bounds import ConfigError, positive, require
 from vop.schema.images import DatasetConfig, EmbeddingConfig
+from vop.schema.localization import LocalizeConfig, ReconstructConfig
 from vop.schema.planning import PlanConfig
 from vop.schema.poses import ExportConfig, MatchingConfig, PoseConfig
 from vop.schema.search import ILLUSTRATED, PairsConfig, ReportConfig, RetrievalConfig
@@ -22,10 +23,12 @@ __all__ = [
     "DemoConfig",
     "EmbeddingConfig",
     "ExportConfig",
+    "LocalizeConfig",
     "MatchingConfig",
     "PairsConfig",
     "PlanConfig",
     "PoseConfig",
+    "ReconstructConfig",
     "ReportConfig",
     "RetrievalConfig",
     "TrainConfig",
@@ -72,6 +75,9 @@ class Config:
     """Query images of `retrieve`: a folder, a glob pattern or a list file."""
     database: str | None = None
     """Database images of `retrieve`: a folder, a glob pattern or a list file."""
+    root: str | None = None
+    """Folder that the names of images count from; null: that of `images`, else the deepest that holds queries and
+    database. Where it is given, a store of the database serves queries from any folder below it."""
     output: str = "run"
     """Run directory: pairs, report, resolved config."""
     store: str | None = None
@@ -92,6 +98,8 @@ class Config:
     """Store of local features; null: `features` inside the output."""
     matches: str | None = None
     """Store of matches; null: `matches` inside the output."""
+    map: str | None = None
+    """Folder of the triangulated map that `localize` makes of its database; null: `map` inside the output."""
     tokens: str | None = None
     """Store of the backbone's tokens that training reads; null: `tokens` inside the output."""
     pair_labels: str | None = None
@@ -112,6 +120,8 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     pose: PoseConfig = field(default_factory=PoseConfig)
+    localize: LocalizeConfig = field(default_factory=LocalizeConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -138,6 +148,11 @@ class Config:
     def tokens_path(self) -> str:
         """Where the tokens for training lie."""
         return self.tokens or files.join(self.output, "tokens")
+
+    @property
+    def map_path(self) -> str:
+        """Where the map lies."""
+        return self.map or files.join(self.output, "map")
 
     @property
     def matches_path(self) -> str:

@@ -111,7 +111,7 @@ def fit(place: Place, told: Callable[[dict], None]) -> None:
     files.remove(records)
     if isinstance(error, WorkerGroupError):
         raise _reason(error) from None
-    error = error or ray.get(board.failed.remote(), timeout=60)
+    error = error or ray.get(board.failed.remote(), timeout=config.cluster.no_progress_timeout_s)
     if error is not None:
         raise error
 
@@ -136,7 +136,8 @@ def _awaited(ended: queue.Queue, board, told: Callable[[dict], None], patience_s
             over = True
         except queue.Empty:
             error, over = None, False
-        rows = ray.get(board.take.remote(), timeout=60)
+        # all the patience there is: on a busy machine the board's own process takes minutes to start
+        rows = ray.get(board.take.remote(), timeout=patience_s)
         for row in rows:
             told(row)
         if over:

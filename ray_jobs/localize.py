@@ -1,0 +1,16 @@
+r"""Estimate the poses of queries from a database whose poses are known, as a job on a Ray cluster.
+
+    ray job submit --address http://HEAD:8265 --working-dir . \
+        -- python ray_jobs/localize.py queries=/data/queries database=/data/images cameras=/data/sparse output=/data/run
+
+Takes what `vop localize` takes, config files included. Paths: URIs, or absolute on storage every node mounts.
+`python` is that of the environment on the nodes that has the package and its `cpu` or `gpu` extra. `vop submit` wraps
+this. The last lines are status, result and reason; `vop --help` lists what the exit code means.
+"""
+
+import sys
+
+from vop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["localize", "cluster.address=auto", *sys.argv[1:]]))
