@@ -12,7 +12,8 @@ LAYERS = (
     | {"lock", "journal", "summary"}
     | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
-    | {"pose", "pose_estimation", "training", "planning"},
+    | {"pose", "pose_estimation", "training", "planning"}
+    | {"query_cameras"},
     {"stages"},
     {"steps"},
     {"pipeline"},

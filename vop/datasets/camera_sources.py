@@ -43,9 +43,9 @@ def open_cameras(source: str, root: str, names: Collection[str]) -> Cameras:
         world = world or posixpath.basename(folder)
         entries = list(read_cameras(path, world) if is_json else colmap.read_cameras(path, world))
         listed += [camera.name for camera in entries]
-        bases = _bases(source, folder, root)
+        bases = likely_bases(source, folder, root)
         beside = [base for base in bases if entries and files.exists(files.join(base, entries[0].name))]
-        placed += _placed(entries, beside[:1] if len(sources) > 1 and beside else bases, root, known)
+        placed += placed_below(entries, beside[:1] if len(sources) > 1 and beside else bases, root, known)
     _check_names(source, listed, [camera.name for camera in placed], root, known)
     return Cameras.of(placed)
 
@@ -76,7 +76,7 @@ def _walk(folder: str, depth: int) -> Iterator[str]:
                 yield from _walk(files.join(folder, name), depth - 1)
 
 
-def _bases(source: str, folder: str, root: str) -> list[str]:
+def likely_bases(source: str, folder: str, root: str) -> list[str]:
     """Folders that the names of a file in `folder` may count from, the likeliest first."""
     below = folder.removeprefix(source).strip("/") if folder.startswith(source) else ""
     steps, places = below.split("/") if below else [], [folder]
@@ -86,7 +86,7 @@ def _bases(source: str, folder: str, root: str) -> list[str]:
     return list(dict.fromkeys(base for place in places for base in (place, files.join(place, "images"))))
 
 
-def _placed(
+def placed_below(
     cameras: Sequence[KnownCamera], bases: Sequence[str], root: str, known: Collection[str]
 ) -> list[KnownCamera]:
     """The cameras by names relative to the root; none if no base makes a name one of the images."""
