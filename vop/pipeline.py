@@ -16,7 +16,7 @@ from vop.run import Run
 from vop.stages import cluster
 from vop.steps import embeddings, exports, labels, matches, planning, poses, training
 from vop.steps import pairs as ranking
-from vop.steps.report import known_overlaps, reported, reported_training
+from vop.steps.report import found_again, known_overlaps, reported, reported_training
 from vop.steps.status import Status
 from vop.store import EmbeddingStore
 from vop.training.plan import split
@@ -158,10 +158,10 @@ def report(config: Config) -> Run:
     if job.command == "train":
         job.report = write_training_page(recorded, job)
         return job
-    posed = poses.judged_again(recorded, job) if job.command == "relative-pose" else None
-    if "pairs" not in job.counts and posed is None:
+    found = found_again(recorded, job)
+    if "pairs" not in job.counts and not found:
         raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")
-    job.report = write_page(recorded, job, known_overlaps(recorded, job), posed)
+    job.report = write_page(recorded, job, known_overlaps(recorded, job), **found)
     return job
 
 

@@ -15,7 +15,7 @@ ERROR, INLIERS = "position error", "inliers"  # what the colours of queries may 
 UNITS = "units of the map"
 AGREED = 0.5  # length of the mean of all upper sides from which they count as one direction
 HALF_ANGLE = np.radians(26)  # of the cone that a camera looks into
-NEAR = (1.0, 1.0, 0.7)  # how far queries, their true places and points may be off the map, in its extents, to be drawn
+NEAR = (1e6, 1.0, 0.7)  # how far true places, queries and points may be off the map, in its extents, to be drawn
 MARGIN, FLATTEST = 0.07, 0.25  # around the picture, and its least height: shares of its width
 
 
@@ -90,7 +90,7 @@ class Frame:
         """The box of nearly all cameras of the map, and of the queries and points that are not far from it."""
         poses = view.database if len(view.database) else view.queries
         axes = upright(poses) if len(poses) else np.eye(3)
-        flat = [each @ axes[:2].T for each in (center(poses), center(view.queries), view.truth, view.points)]
+        flat = [each @ axes[:2].T for each in (center(poses), view.truth, center(view.queries), view.points)]
         low, high = _range(flat[0], 0.5)
         if (high - low).max() <= 0:
             low, high = _range(np.concatenate(flat[:3]), 0.5)

@@ -131,6 +131,7 @@ def _queries(axes: Axes, frame: Frame, view: Above, length: float, scale: Normal
     poses, values = view.queries[some], view.values[some]
     at, cones = frame.flat(center(poses)), frame.cones(poses, length)
     inside, finite = frame.inside(at), np.isfinite(values)
+    at[~inside] = frame.border(at[~inside])
     colors = COLORS(scale(np.where(finite, values, scale.vmin)))
     colors[np.isnan(values)] = to_rgba(GREY)
     faces = list(colors)
@@ -151,7 +152,7 @@ def _queries(axes: Axes, frame: Frame, view: Above, length: float, scale: Normal
         if (which & inside).any():
             handles.append(_key(label, markerfacecolor=color, **edge))
     if not inside.all():
-        border, shades = frame.border(at[~inside]), [faces[row] for row in np.flatnonzero(~inside)]
+        border, shades = at[~inside], [faces[row] for row in np.flatnonzero(~inside)]
         axes.scatter(*border.T, s=36, marker="X", facecolors=shades, edgecolors=INK, linewidths=0.5, zorder=5,
                      clip_on=False)  # fmt: skip
         handles.append(_key(f"{len(border):,} far outside, this way", marker="X", markerfacecolor=GREY, **edge))
