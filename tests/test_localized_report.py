@@ -8,7 +8,7 @@ import cv2
 import localized_runs
 import numpy as np
 import pytest
-from localized_runs import OTHER, WORLD, looking, ring, shifted
+from localized_runs import OTHER, WORLD, looking, recorded, ring, shifted
 from matplotlib.colors import LogNorm
 from scipy.spatial.transform import Rotation
 from test_pose_report import EVIL
@@ -88,7 +88,7 @@ def test_cones_open_the_way_cameras_look():
 
 def example(errors=(0.01, 0.5, np.nan, np.inf), title="a world", measured=ERROR):
     true = ring(6, seed=2)[: len(errors)]
-    queries = np.array([shifted(pose, [0.1, 0, 0])[:3] for pose in true]).reshape(-1, 3, 4)
+    queries = np.array([shifted(pose, [0.4, 0, 0])[:3] for pose in true]).reshape(-1, 3, 4)
     return Above(title, ring(30)[:, :3], np.random.default_rng(0).normal(size=(200, 3)), queries, np.array(errors),
                  center(true), measured)  # fmt: skip
 
@@ -122,12 +122,21 @@ def test_the_drawing_tells_what_it_shows_and_is_the_same_again():
     assert "query" not in plain.words
 
 
-@pytest.mark.parametrize("errors", [(), (np.nan,), (np.inf,), (0.0,), (1e-12, 1e9)])
-@pytest.mark.parametrize("database", [0, 1, 30])
-def test_whatever_there_is_is_drawn(errors, database):
-    view = dataclasses.replace(example(errors), database=ring(30)[:database, :3])
-    Page(draw(view))
-    Page(draw(dataclasses.replace(view, points=np.zeros((0, 3)), truth=np.full((len(errors), 3), np.nan))))
+@pytest.mark.parametrize(
+    ("errors", "database", "points", "true"),
+    [
+        ((), 1, 0, 0),
+        ((np.nan,), 0, 0, 0),
+        ((np.inf,), 30, 9, 1),
+        ((0.0,), 1, 9, 1),
+        ((1e-12, 1e9), 0, 9, 0),
+        ((), 0, 0, 0),
+    ],
+)
+def test_whatever_there_is_is_drawn(errors, database, points, true):
+    view = example(errors)
+    truth = view.truth if true else np.full((len(errors), 3), np.nan)
+    Page(draw(dataclasses.replace(view, database=view.database[:database], points=view.points[:points], truth=truth)))
 
 
 def test_many_cameras_are_thinned_and_it_is_said():
@@ -141,10 +150,9 @@ def test_the_picture_by_itself():
     png, svg = (above_file(views, kind) for kind in ("png", "svg"))
     picture = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
     assert picture.shape[1] > 1500
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert len({*map(tuple, picture[::5, ::5].reshape(-1, 3).tolist())}) > 50
     assert svg.startswith(b"<?xml")
     assert b"<script>" not in svg
-    assert above_file(views, "png") == png
 
 
 def test_numbers_are_short():
@@ -162,6 +170,8 @@ def run(tmp_path_factory):
     """A run that localized queries, one of a hostile name, with its report and pictures."""
     cfg, job, table = localized_runs.localized(tmp_path_factory.mktemp("localized"), EVIL)
     reported(cfg, job, None, localized=table)
+    del job.timings["report"]  # which the page does not tell
+    recorded(cfg, job)
     return cfg, job, table
 
 
@@ -178,9 +188,9 @@ def test_the_section_says_how_good_the_poses_are(run):
     assert "Queries without a pose: 2 of 11" in page.words
     for row in ("RANSAC failed 1", "no pairs 1", "q/lost.jpg RANSAC failed 3 90", "q/nowhere.jpg no pairs 0 0"):
         assert row in page.words
-    assert "Intrinsics of the queries: 5 from list, 5 from EXIF" in page.words
-    rows = re.findall(r"<td>(.*?)</td>\s*<td class=\"number\">([^<]*)</td>\s*<td class=\"number\">0", html)
-    assert [(name, error) for name, error in rows][:3] == [("q/7.jpg", "0.7"), ("q/6.jpg", "0.6"), ("q/5.jpg", "0.5")]
+    assert "Intrinsics of the queries: 6 from list, 4 from EXIF" in page.words
+    order = [page.words.index(f"q/{number}.jpg 0.{number} ") for number in (7, 6, 5, 1)]
+    assert order == sorted(order)
     assert "q/yard.jpg ∞ ∞" in page.words
     assert page.all("section", id="localized")
     assert page.all("a", href="#localized")
@@ -196,7 +206,7 @@ def test_hostile_names_are_text(run):
 def test_every_world_is_drawn_with_its_own(run):
     cfg, job, table = run
     hall, yard = localized_views(cfg, job, table)
-    assert (hall.title, len(hall.database), len(hall.queries), len(hall.points)) == (WORLD, 40, 8, 300)
+    assert (hall.title, len(hall.database), len(hall.queries), len(hall.points)) == (WORLD, 40, 8, 900)
     assert (yard.title, len(yard.database), len(yard.queries), len(yard.points)) == (OTHER, 5, 1, 0)
     np.testing.assert_allclose(hall.values, np.linalg.norm(center(hall.queries) - hall.truth, axis=1), atol=1e-9)
     assert np.isinf(yard.values).all()
@@ -231,10 +241,10 @@ def test_without_truth_inliers_are_told(tmp_path):
 
 def test_a_run_without_any_pose_has_a_section_and_no_picture(tmp_path):
     cfg, job, table = localized_runs.localized(tmp_path)
-    reported(cfg, job, None, localized=table)
+    Path(job.path("localized.png")).write_text("of a run before")
     failed = table.filter(table["reason"].is_valid())
     reported(cfg, job, None, localized=failed)
-    assert not Path(job.path("localized.png")).exists()  # that of the run before is gone too
+    assert not Path(job.path("localized.png")).exists()
     page = Page(Path(job.report).read_text())
     assert "localized 0 of 2 queries" in page.words
     assert "The map from above" not in page.words
@@ -246,7 +256,6 @@ def test_without_a_map_or_cameras_queries_are_drawn_alone(tmp_path):
         Path(job.path(name)).unlink()
     views = localized_views(cfg, job, table)
     assert [(len(view.database), len(view.points), len(view.queries)) for view in views] == [(0, 0, 8), (0, 0, 1)]
-    reported(cfg, job, None, localized=table)
 
 
 def test_of_many_worlds_some_are_drawn_and_of_many_failures_some_listed(run):
@@ -272,6 +281,8 @@ def test_a_section_of_nothing():
 def test_models_are_told_and_drawn(tmp_path):
     cfg, job = localized_runs.reconstructed(tmp_path, EVIL)
     reported(cfg, job, None, models=True)
+    del job.timings["report"]  # which the page does not tell
+    recorded(cfg, job)
     html = Path(job.report).read_text()
     page = Page(html)
     assert "Models (2)" in page.words
