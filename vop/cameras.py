@@ -236,9 +236,7 @@ class Cameras:
             if names is None:
                 return cls(file.read())
             wanted = sorted(set(names))
-            groups = [
-                group for group in range(file.num_row_groups) if may_hold(file.metadata.row_group(group), wanted)
-            ]
+            groups = [group for group in range(file.num_row_groups) if may_hold(file.metadata.row_group(group), wanted)]
             table = file.read_row_groups(groups)
         return cls(table.filter(pc.is_in(table["name"], pa.array(wanted, pa.string()))))
 

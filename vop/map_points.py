@@ -23,6 +23,7 @@ from vop.features import FeatureStore
 from vop.lift import Lifted
 from vop.matches import MatchStore, matches_of
 from vop.parts import Parts
+from vop.pose.localized import MISFIT
 from vop.shards import StoreError
 from vop.triangulation import PosedImage, SeenPoints, triangulate
 
@@ -41,6 +42,7 @@ FINGERPRINT = b"made_by"  # key in the metadata
 ROW_GROUP = 16  # images read for the sake of one
 KEPT = 1024  # images whose points a worker keeps in memory
 WORLD_BITS = 40  # of a point's id: those of one world stay below
+SKEWED = "camera has skew, which COLMAP's models do not have"
 NOTHING = SeenPoints(np.empty(0, np.int32), np.empty(0, np.int64), np.empty((0, 3)))
 
 
@@ -153,8 +155,10 @@ class Triangulation:
                 known = cameras.get(name)
                 try:
                     images[name] = PosedImage(keypoints, colmap.known_camera(known, size), known.cam_from_world)
-                except (CamerasError, colmap.ColmapError) as error:
-                    reasons[name] = str(error)
+                except CamerasError:
+                    reasons[name] = MISFIT
+                except colmap.ColmapError:
+                    reasons[name] = SKEWED
         return images, reasons, next(iter(cameras)).world
 
 

@@ -84,7 +84,8 @@ def agreeing(
     product = np.abs((rays1 * lines1).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         error0, error1 = (
-            focal * product / np.hypot(lines[:, 0], lines[:, 1]) for lines, focal in ((lines0, focal0), (lines1, focal1))
+            focal * product / np.hypot(lines[:, 0], lines[:, 1])
+            for lines, focal in ((lines0, focal0), (lines1, focal1))
         )
     return (error0 <= EPIPOLAR_ERROR) & (error1 <= EPIPOLAR_ERROR)  # False for NaN
 
@@ -151,9 +152,7 @@ def _quiet() -> Iterator[None]:
         log.minloglevel = level
 
 
-def _seen(
-    model: "pycolmap.Reconstruction", images: Mapping[str, PosedImage]
-) -> Iterator[tuple[str, SeenPoints]]:
+def _seen(model: "pycolmap.Reconstruction", images: Mapping[str, PosedImage]) -> Iterator[tuple[str, SeenPoints]]:
     xyz = {number: point.xyz for number, point in model.points3D.items()}
     for image in model.images.values():
         rows = np.array(image.get_observation_point2D_idxs(), np.int64)

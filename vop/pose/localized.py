@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.spatial.transform import Rotation
 
 from vop import files
@@ -85,13 +84,11 @@ def center(pose: np.ndarray) -> np.ndarray:
 def judged(table: pa.Table, truth: Cameras | None) -> pa.Table:
     """The table with rotation_error and translation_error filled in, by the true cameras; None: nothing is known."""
     found = []
-    for name, world, pose in zip(
-        *(table[key].to_pylist() for key in ("query", "world", "cam_from_world")), strict=True
-    ):
-        pose = None if pose is None else np.reshape(pose, (3, 4))
-        found.append(errors(pose, world, None if truth is None else truth.get(name)))
-    for key, values in zip(("rotation_error", "translation_error"), zip(*found, strict=True) if found else ((), ())):
-        column = pa.array(values, pa.float64())
+    for row in table.select(["query", "world", "cam_from_world"]).to_pylist():
+        pose = None if row["cam_from_world"] is None else np.reshape(row["cam_from_world"], (3, 4))
+        found.append(errors(pose, row["world"], None if truth is None else truth.get(row["query"])))
+    for side, key in enumerate(("rotation_error", "translation_error")):
+        column = pa.array([each[side] for each in found], pa.float64())
         table = table.set_column(table.column_names.index(key), SCHEMA.field(key), column)
     return table
 
