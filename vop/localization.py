@@ -129,7 +129,9 @@ class Localization:
             {pair[f"image{side}"]: (pair[f"shard{side}"], pair[f"row{side}"]) for pair in planned for side in (0, 1)}
         )
         pairs: dict[str, list[QueryPair]] = {}
-        for query, place in zip(asked["query"].to_pylist(), zip(shards.tolist(), rows.tolist()), strict=True):
+        for query, place in zip(
+            asked["query"].to_pylist(), zip(shards.tolist(), rows.tolist(), strict=True), strict=True
+        ):
             pair, indices = found[place]
             side = 0 if pair["image0"] == query else 1
             mine = pairs.setdefault(query, [])
@@ -183,8 +185,8 @@ def localize(
 ) -> dict[str, object]:
     """The pose of a query from its pairs, best first, as columns of `vop.pose.localized.SCHEMA`.
 
-    keypoints: (n, 2), pixels of the query. Every world is tried, or with `covisibility` every group of images in it; the
-    pose with most inliers is taken, of equals that of the better pairs.
+    keypoints: (n, 2), pixels of the query. Every world is tried, or with `covisibility` every group of images in it,
+    and the pose with most inliers is taken, of equals that of the better pairs.
     """
     row = _camera(camera)
     if not pairs:

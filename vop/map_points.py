@@ -7,6 +7,7 @@
 settings. A map of the same things is never made again.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ MAP = pa.schema(
     ]
 )
 FILE = "map.parquet"
-FINGERPRINT = b"made_by"  # key in the metadata
+FINGERPRINT, COUNTS = b"made_by", b"counts"  # keys in the metadata
 ROW_GROUP = 16  # images read for the sake of one
 KEPT = 1024  # images whose points a worker keeps in memory
 WORLD_BITS = 40  # of a point's id: those of one world stay below
@@ -48,7 +49,9 @@ NOTHING = SeenPoints(np.empty(0, np.int32), np.empty(0, np.int64), np.empty((0, 
 
 @dataclass(frozen=True)
 class MapPoints:
-    """A finished map (`vop.lift.Lift`): its path, and the fingerprint of what it was made of."""
+    """A finished map (`vop.lift.Lift`): its path, and the fingerprint of what it was made of.
+
+    What it reads is kept in memory, per process."""
 
     path: str
     made_by: str
@@ -85,9 +88,16 @@ def made_by(path: str) -> str | None:
     return metadata.get(FINGERPRINT, b"").decode() or None
 
 
+def counted(path: str) -> dict[str, object]:
+    """What the map in a folder holds: `counts` of it, taken when it was written."""
+    with files.opened(files.join(path, FILE)) as file:
+        return json.loads(pq.read_schema(file).metadata[COUNTS])
+
+
 def write(path: str, table: pa.Table, fingerprint: str) -> MapPoints:
     """Write a map (`MAP`, in any order) and say what it was made of."""
-    table = table.sort_by("name").replace_schema_metadata({FINGERPRINT: fingerprint.encode()})
+    metadata = {FINGERPRINT: fingerprint.encode(), COUNTS: json.dumps(counts(table)).encode()}
+    table = table.sort_by("name").replace_schema_metadata(metadata)
     with files.atomic(files.join(path, FILE)) as (filesystem, inner):
         pq.write_table(table, inner, filesystem=filesystem, compression="zstd", row_group_size=ROW_GROUP,
                        use_dictionary=["world", "reason"], write_statistics=["name"])  # fmt: skip

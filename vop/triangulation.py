@@ -1,8 +1,8 @@
 """The 3D points of a world whose cameras are known: matched keypoints triangulated by COLMAP, poses left as they are.
 
 Matches are checked against the known poses, not against estimated ones: a match is kept where each keypoint lies within
-`EPIPOLAR_ERROR` of the epipolar line of the other, in pixels of its own image. The rest is COLMAP's triangulation, on one
-thread, because the sums of its bundle adjustment depend on how they are split, and a map must have the same bytes
+`EPIPOLAR_ERROR` of the epipolar line of the other, in pixels of its own image. The rest is COLMAP's triangulation, on
+one thread, because the sums of its bundle adjustment depend on how they are split, and a map must have the same bytes
 wherever it is made.
 """
 
