@@ -14,9 +14,9 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, labels, matches, planning, poses, training
+from vop.steps import embeddings, exports, labels, localization, maps, matches, planning, poses, training
 from vop.steps import pairs as ranking
-from vop.steps.report import known_overlaps, reported, reported_training
+from vop.steps.report import found_again, known_overlaps, reported, reported_training
 from vop.steps.status import Status
 from vop.store import EmbeddingStore
 from vop.training.plan import split
@@ -101,6 +101,19 @@ def relative_pose(config: Config) -> Run:
     return job
 
 
+def localize(config: Config) -> Run:
+    """Estimate the poses of queries by their matches with a database whose geometry is known."""
+    localization.check(config)
+    with run.start(config, "localize") as job, cluster.connect(config.cluster, job):
+        benchmark = localization.opened(config, job)
+        listed = ranking.listed(config, job, benchmark)
+        lift = maps.mapped(config, job, benchmark) if benchmark.lift is None else benchmark.lift
+        matched = matches.matched(config, job, benchmark.sets, listed)
+        localization.localized(config, job, benchmark, listed, matched, lift)
+        reported(config, job, benchmark.truth)
+    return job
+
+
 def train(config: Config) -> Run:
     """Train the encoder on a collection whose overlaps are known, or on views of its images."""
     training.check(config)
@@ -158,10 +171,10 @@ def report(config: Config) -> Run:
     if job.command == "train":
         job.report = write_training_page(recorded, job)
         return job
-    posed = poses.judged_again(recorded, job) if job.command == "relative-pose" else None
-    if "pairs" not in job.counts and posed is None:
+    found = found_again(recorded, job)
+    if "pairs" not in job.counts and not found:
         raise ConfigError(f"the last run in {config.output} was `{job.command}`, which found no pairs: register first")
-    job.report = write_page(recorded, job, known_overlaps(recorded, job), posed)
+    job.report = write_page(recorded, job, known_overlaps(recorded, job), **found)
     return job
 
 

@@ -1,16 +1,21 @@
-"""What a run ends with: metrics.json, report.html, and the curves of relative poses or of a training."""
+"""What a run ends with: metrics.json, report.html, and its pictures: curves, maps from above."""
 
 import dataclasses
 import warnings
+
+import pyarrow as pa
 
 from vop import files
 from vop.config import Config
 from vop.datasets.benchmark import check, open_benchmark
 from vop.datasets.posed import OverlapTruth, overlap_truth
+from vop.pairs import read_parquet
 from vop.pose.protocols import Evaluation
 from vop.run import Run
+from vop.steps.poses import judged_again
 from vop.viz import trained
-from vop.viz.page import CURVES, write_curves, write_page
+from vop.viz.localized import write_localized, write_models
+from vop.viz.page import PICTURES, write_curves, write_page
 
 
 def known_overlaps(config: Config, job: Run) -> OverlapTruth | None:
@@ -34,16 +39,38 @@ def known_overlaps(config: Config, job: Run) -> OverlapTruth | None:
     return None
 
 
-def reported(config: Config, job: Run, truth: OverlapTruth | None, poses: Evaluation | None = None) -> None:
-    """Write metrics.json (where anything was measured), report.html and the curves of what the run has found."""
-    for stale in ("metrics.json", "report.html", *CURVES):  # of another run in the same directory
+def reported(
+    config: Config,
+    job: Run,
+    truth: OverlapTruth | None,
+    poses: Evaluation | None = None,
+    localized: pa.Table | None = None,
+    models: bool = False,
+) -> None:
+    """Write metrics.json (where anything was measured), report.html and the pictures of what the run has found.
+
+    `localized`: the judged table of a run that localized queries. `models`: whether it reconstructed models.
+    """
+    for stale in ("metrics.json", "report.html", *PICTURES):  # of another run in the same directory
         files.remove(job.path(stale))
     if poses is not None:
         with job.step("curves"):
             write_curves(job, poses)
+    if localized is not None or models:
+        with job.step("pictures"):
+            write_localized(config, job, localized) if localized is not None else write_models(job)
     if config.report.queries:
         with job.step("report"):
-            job.report = write_page(config, job, truth, poses)
+            job.report = write_page(config, job, truth, poses, localized, models)
+
+
+def found_again(config: Config, job: Run) -> dict[str, object]:
+    """What a finished run has found beside pairs, as `write_page` takes it, from the files of its directory."""
+    if job.command == "relative-pose":
+        return {"poses": judged_again(config, job)}
+    if job.command == "localize":
+        return {"localized": read_parquet(job.path("localized.parquet"))}
+    return {"models": True} if job.command == "reconstruct" else {}
 
 
 def reported_training(config: Config, job: Run) -> None:

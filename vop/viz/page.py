@@ -16,6 +16,7 @@ from vop.quantised import widen
 from vop.run import Run, versions
 from vop.store import EmbeddingStore, Selection
 from vop.viz import plots
+from vop.viz.localized import LOCALIZED_PICTURES, MODEL_PICTURES, localized_report, models_report
 from vop.viz.matches import Picture
 from vop.viz.photographs import photograph
 from vop.viz.pose_report import choice, ks_of
@@ -25,10 +26,22 @@ from vop.viz.report import Match, QueryPanel, Report, write_report
 WEAKEST = 20  # images listed as hard to pair
 SCORES = 200_000  # scores the histogram is drawn from, at most
 CURVES = ("curves.png", "curves.svg")  # of a run directory
+PICTURES = (*CURVES, *LOCALIZED_PICTURES, *MODEL_PICTURES)
 
 
-def write_page(config: Config, run: Run, truth: OverlapTruth | None, poses: Evaluation | None = None) -> str:
-    """Write report.html of a run and return its path. `poses`: what a run found that judged relative poses."""
+def write_page(
+    config: Config,
+    run: Run,
+    truth: OverlapTruth | None,
+    poses: Evaluation | None = None,
+    localized: pa.Table | None = None,
+    models: bool = False,
+) -> str:
+    """Write report.html of a run and return its path.
+
+    `poses`: what a run found that judged relative poses. `localized`: the table of one that localized queries, judged.
+    `models`: whether it reconstructed models, which lie in its directory.
+    """
     ranking = _ranking(config, run, truth) if "pairs" in run.counts else {"radius": None}
     named = run.counts["root"] or run.counts["store"]
     report = Report(
@@ -42,6 +55,8 @@ def write_page(config: Config, run: Run, truth: OverlapTruth | None, poses: Eval
         config_yaml=configuration.to_yaml(config),
         versions=versions(),
         poses=None if poses is None else pose_report(config, run, poses),
+        localized=None if localized is None else localized_report(config, run, localized),
+        models=models_report(run) if models else None,
         **ranking,
     )
     files.write_bytes(run.path("report.html"), write_report(report).encode())

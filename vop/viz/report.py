@@ -12,7 +12,8 @@ import numpy as np
 from markupsafe import Markup
 
 from vop.image import thumbnail, to_jpeg
-from vop.viz import matches, plots
+from vop.viz import localized_report, matches, plots
+from vop.viz.localized_report import LocalizedReport, ModelsReport
 from vop.viz.matches import Photo, Picture
 from vop.viz.pose_report import PoseReport, section
 from vop.viz.template import rendered
@@ -83,6 +84,10 @@ class Report:
     """Package name to version."""
     poses: PoseReport | None = None
     """The section on relative poses; None: none were estimated."""
+    localized: LocalizedReport | None = None
+    """The section on localized queries; None: none were."""
+    models: ModelsReport | None = None
+    """The section on reconstructed models; None: none were made."""
 
     def __post_init__(self):
         for name in ("scores", "best_scores"):
@@ -102,6 +107,8 @@ def write_report(report: Report) -> str:
         report,
         panels=[_panel(panel, report, photos) for panel in report.panels],
         poses=report.poses and section(report.poses, lambda photo: photos.add(photo, POSED_LONG_SIDE)),
+        localized=report.localized and localized_report.section(report.localized),
+        models=report.models and localized_report.models_section(report.models),
         photos=photos.elements,
         heat=matches.heat_stops(),
         plots=_histograms(report),
