@@ -1,5 +1,6 @@
 """From keypoints of a database image to points of the world: what localization needs of a database with geometry."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,11 +12,13 @@ class Lifted:
     """World points of m keypoints of one database image.
 
     xyz: (m, 3) float64, world units; NaN where the keypoint has no 3D point. ids: (m,) int64, equal where two images
-    see the same point; -1: the point has no identity, and is never taken for that of another image.
+    see the same point; -1: the point has no identity, and is never taken for that of another image. reason: why there is
+    no point at all, where that is a fault of the data, such as a scan that is missing; None: nothing is wrong.
     """
 
     xyz: np.ndarray
     ids: np.ndarray
+    reason: str | None = None
 
 
 class Lift(Protocol):
@@ -30,3 +33,9 @@ class Lift(Protocol):
 
     def world(self, name: str) -> str | None:
         """The world that an image lies in, None where it has no geometry; points of two worlds are never mixed."""
+
+    def check(self, names: Collection[str]) -> str | None:
+        """What the user should know before the long work of database images that have no geometry; None: nothing.
+
+        Raises `ConfigError` where none of them has any. Cheap: nothing large is read.
+        """
