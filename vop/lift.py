@@ -12,8 +12,8 @@ class Lifted:
     """World points of m keypoints of one database image.
 
     xyz: (m, 3) float64, world units; NaN where the keypoint has no 3D point. ids: (m,) int64, equal where two images
-    see the same point; -1: the point has no identity, and is never taken for that of another image. reason: why there is
-    no point at all, where that is a fault of the data, such as a scan that is missing; None: nothing is wrong.
+    see the same point; -1: the point has no identity, and is never taken for that of another image. reason: why there
+    is no point at all, where that is a fault of the data, such as a scan that is missing; None: nothing is wrong.
     """
 
     xyz: np.ndarray

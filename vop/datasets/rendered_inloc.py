@@ -1,8 +1,8 @@
 """A small tree in InLoc's layout, rendered: for tests and demonstrations, with the true poses that InLoc withholds.
 
-Each floor is a building of its own (`vop.datasets.building`) with a frame of its own. In every room stands a scanner; its
-cutouts are views from one place, each with what its pixels see in the scanner's own frame, and an alignment says where
-the scanner stands. The queries are a phone's: focal length 28/36 of the long side, as the benchmark takes it, and those
+Each floor is a building of its own (`vop.datasets.building`) with a frame of its own. In every room stands a scanner;
+its cutouts are views from one place, each with what its pixels see in the scanner's own frame, and an alignment says
+where the scanner stands. The queries are a phone's: focal length 28/36 of the long side, as the benchmark takes it, and those
 held upright are stored turned, with an EXIF tag that says so and 28 mm as the focal length at 35 mm film.
 
 Beside InLoc's own files, `truth/FLOOR/cameras.json` holds the poses of the queries, without intrinsics: give
@@ -38,7 +38,7 @@ TURNED = 6  # EXIF orientation: the stored image is to be turned a quarter clock
 class Tree:
     """What is rendered. InLoc itself has 277 scans of 36 cutouts (12 yaws, 3 pitches) of 1600 x 1200 pixels.
 
-    floors: names, each with `scans` rooms and `queries` queries. yaws: cutouts around; pitches: degrees, up is positive.
+    floors: names, each with `scans` rooms and `queries` queries. yaws: cutouts around; pitches: degrees, up positive.
     cutout: width and height in pixels. phone: long and short side of a query in pixels. lighting: as in
     `vop.datasets.rendered`, of the queries; scans are lit evenly.
     """
@@ -97,9 +97,7 @@ def _write_scan(directory: str, tree: Tree, building: Building, room: int, floor
             points[(depth == 0) | (rng.random(depth.shape) < HOLES)] = np.nan
             path = files.join(directory, CUTOUTS, floor, scan, f"DUC_cutout_{scan}_{yaw}_{pitch}.jpg")
             files.write_bytes(path, to_jpeg(image, QUALITY))
-            stream = io.BytesIO()
-            scipy.io.savemat(stream, {VARIABLE: points}, do_compression=True)
-            files.write_bytes(path + SUFFIX, stream.getvalue())
+            files.write_bytes(path + SUFFIX, _matlab(points))
 
 
 def _scanner(stand: np.ndarray, rng) -> np.ndarray:
@@ -111,6 +109,13 @@ def _scanner(stand: np.ndarray, rng) -> np.ndarray:
 def _matrix(name: str, matrix: np.ndarray) -> str:
     rows = "".join(" ".join(f"{value:.10f}" for value in row) + "\n" for row in matrix)
     return f"{name.title()} general icp:\n{rows}"
+
+
+def _matlab(points: np.ndarray) -> bytes:
+    """A file of MATLAB 7, without the time that SciPy notes in its header."""
+    stream = io.BytesIO()
+    scipy.io.savemat(stream, {VARIABLE: points}, do_compression=True)
+    return b"MATLAB 5.0 MAT-file".ljust(116) + stream.getvalue()[116:]
 
 
 def _phone(tree: Tree, building: Building, index: int, rng) -> Camera:

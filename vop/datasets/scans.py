@@ -1,11 +1,11 @@
 """Scan points behind photographs: InLoc's cutouts with XYZcut, their alignments, and points between the pixels.
 
 Beside each cutout `CUTOUTS/FLOOR/SCAN/DUC_cutout_000_30_0.jpg` lies a MATLAB file of the same name with `.mat` added,
-whose variable XYZcut (H, W, 3), float64 as published, holds for every pixel of the cutout the point that its centre sees,
-metres in the frame of the scanner, NaN where the scanner saw nothing. `ALIGNMENTS/FLOOR/transformations/
-DUC_trans_SCAN.txt` holds two 4x4 matrices, each below a line of text, before and after the scans were registered to each
-other: the second takes scan points to the frame of the floor. Sources: the README of github.com/HajimeTaira/InLoc_dataset
-and `load_WUSTL_transformation.m` of github.com/HajimeTaira/InLoc_demo; hloc's `localize_inloc` finds them the same way.
+whose variable XYZcut (H, W, 3) holds for every pixel of the cutout the point that its centre sees, metres in the frame
+of the scanner, NaN where the scanner saw nothing. `ALIGNMENTS/FLOOR/transformations/DUC_trans_SCAN.txt` holds two 4x4
+matrices, each below a line of text, before and after the scans were registered to each other: the second takes scan
+points to the frame of the floor. Sources: README.md of github.com/HajimeTaira/InLoc_dataset and
+load_WUSTL_transformation.m of github.com/HajimeTaira/InLoc_demo; hloc's `localize_inloc` finds them the same way.
 
 The world is the floor. DUC1 and DUC2 are two floors of one building, but "don't share the same global coordinates"
 (github.com/HajimeTaira/InLoc_dataset/issues/9), so points of both never enter one pose.
@@ -31,6 +31,7 @@ from vop.schema import ConfigError
 
 CUTOUTS, ALIGNMENTS = "database/cutouts", "database/alignments"
 VARIABLE, SUFFIX = "XYZcut", ".mat"
+HDF5 = b"\x89HDF\r\n\x1a\n"
 MEMORY = 256e6  # bytes of scans that a worker keeps: 5 of InLoc's cutouts (1600 x 1200, 46 MB each)
 
 
@@ -80,9 +81,7 @@ class Scans:
             return base in folders[folder]
 
         needed = {name: (self._scan(name), self._alignment(name)) for name in names}
-        lacking = {
-            name: [path for path in paths if path is None or not there(path)] for name, paths in needed.items()
-        }
+        lacking = {name: [path for path in paths if path is None or not there(path)] for name, paths in needed.items()}
         lacking = {name: paths for name, paths in lacking.items() if paths}
         if not lacking:
             return None
@@ -130,10 +129,10 @@ class Scans:
 def interpolate(scan: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Scan points (m, 3) float64 at points (m, 2) of the image; NaN where the scanner saw nothing.
 
-    Points have pixel centres at +0.5, so the sample in row r and column c is for the point (c + 0.5, r + 0.5), where
-    hloc, whose keypoints have centres at 0, samples the same at (c, r) (`grid_sample` with align_corners=True). The value
-    is bilinear where all four samples around are finite, else the nearest sample; up to the border of the image, half a
-    pixel beyond the outermost centres, the nearest place between centres counts.
+    Points have pixel centres at +0.5, so the sample in row r and column c is for the point (c + 0.5, r + 0.5); hloc,
+    whose keypoints have centres at 0, finds it at (c, r) (`grid_sample` with align_corners=True). The value is bilinear
+    where all four samples around are finite, else the nearest sample; up to the border of the image, half a pixel beyond
+    the outermost centres, the nearest place between centres counts.
 
     Bilinear across a depth edge makes a point in the air between the two surfaces: such correspondences are left to
     RANSAC, as in hloc.
@@ -159,8 +158,8 @@ def read_scan(data: bytes, size: tuple[int, int], path: str) -> np.ndarray:
     file is damaged, lacks the variable, or holds one of another kind or size.
     """
     try:
-        scan = _hdf5(data, size, path) if data[:10] == b"MATLAB 7.3" or h5py.is_hdf5(io.BytesIO(data)) else None
-        return _matlab(data, size, path) if scan is None else scan
+        hdf5 = HDF5 in (data[:8], data[512:520])  # MATLAB puts 512 bytes of its own before it
+        return (_hdf5 if hdf5 else _matlab)(data, size, path)
     except ScanError:
         raise
     except Exception as error:  # damaged files raise nearly any type, from zlib.error to MemoryError
