@@ -22,7 +22,10 @@ class Lifted:
 
 
 class Lift(Protocol):
-    """Where database keypoints lie in the world. Cheap to make and to pickle: it holds paths, and workers read."""
+    """Where database keypoints lie in the world. Cheap to make and to pickle: it holds paths, and workers read.
+
+    Its repr says what the points follow from: of two lifts with equal ones, the poses are equal too.
+    """
 
     def __call__(self, name: str, rows: np.ndarray, points: np.ndarray) -> Lifted:
         """The world points of keypoints of the image `name`.

@@ -33,8 +33,8 @@ class Benchmark:
     unknown. pairs: the pairs that the benchmark itself prescribes, None: it leaves them to retrieval. withheld: what
     the benchmark keeps to its own server and so cannot be measured here, for the user to read; None: nothing. depths:
     the path of an image's depth map, None: there are none. points: gives the points that the images of COLMAP models
-    see (`vop.datasets.colmap.POINTS`), None: none are known. lift: where keypoints of the database lie in the world,
-    such as scans say it, None: they are triangulated. written: how the benchmark's server names images in lists of poses
+    see (`vop.datasets.colmap.POINTS`), None: none are known. lift: where keypoints of the database lie in the world
+    (of scans, say), None: they are triangulated. written: how the benchmark's server names images in lists of poses
     (one of `vop.schema.localization.WRITTEN`).
     """
 
