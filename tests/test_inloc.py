@@ -1,16 +1,20 @@
 """InLoc's scans: between the pixels, in MATLAB's files, in the world; and a phone's queries among rendered ones."""
 
 import pickle
+import shutil
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 import scipy.linalg
+import scipy.spatial
 import torch
 import trees
 
 from vop import config as configuration
+from vop import pipeline
 from vop.datasets import rendered_inloc
 from vop.datasets.scans import ScanError, Scans, interpolate, read_alignment, read_scan
 from vop.geometry import project
@@ -192,13 +196,13 @@ def test_what_is_missing_leaves_points_out_with_a_reason(tree, removed, said):
     assert np.isnan(lifted.xyz).all() and lifted.xyz.shape == (3, 3) and said in lifted.reason
 
 
-def test_the_start_says_which_scans_are_missing(tree):
-    scans, names = Scans(str(tree)), [CUTOUT, "database/cutouts/DUC2/046/DUC_cutout_046_0_0.jpg"]
-    assert scans.check([CUTOUT]) is None
-    assert "1 of 2 database images lack scan points or alignment: database/cutouts/DUC2" in scans.check(names)
+def test_cutouts_without_scan_or_alignment_are_known_before_the_work(tree):
+    scans, names = Scans(str(tree)), [CUTOUT, "database/cutouts/DUC2/046/DUC_cutout_046_0_0.jpg", "a.jpg"]
+    assert scans.lacking(names[:1]) == {}
+    found = scans.lacking(names)
+    assert list(found) == names[1:] and found[names[1]] == f"nothing at {tree}/{names[1]}.mat"
     (tree / "database/alignments").rename(tree / "elsewhere")
-    with pytest.raises(ConfigError, match=r"2 of 2 database images .* nothing at .*DUC_trans_000\.txt"):
-        scans.check(names)
+    assert scans.lacking(names)[CUTOUT].endswith("/database/alignments/DUC1/transformations/DUC_trans_000.txt")
 
 
 def test_workers_get_paths_and_keep_a_bounded_number_of_scans(tree):
@@ -274,6 +278,61 @@ def test_rendered_queries_are_a_phones(rendered):
         assert upright_size(data) == (camera.width, camera.height)
         assert camera.K[0, 0] == pytest.approx(28 / 36 * 480)
     assert {camera.width for camera in truth.values()} == {480, 360}
+
+
+@pytest.fixture(scope="module")
+def damaged(rendered, tmp_path_factory):
+    """The rendered tree with a cutout whose scan is damaged, and one without; their names."""
+    root = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(rendered[0], root, dirs_exist_ok=True)
+    cutouts = sorted(str(path.relative_to(root)) for path in root.glob("database/cutouts/DUC1/*/*.jpg"))
+    (root / (cutouts[0] + ".mat")).write_bytes(b"damaged")
+    (root / (cutouts[1] + ".mat")).unlink()
+    return root, cutouts[:2]
+
+
+@pytest.mark.slow
+def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, local_ray):
+    """By the recipe as it is, but for backbone and features that need no weights from elsewhere, and small images."""
+    root, broken = damaged
+    asked = configuration.load(
+        ["configs/dataset/inloc.yaml"],
+        output=str(tmp_path / "run"),
+        backbone="xfeat",
+        cameras=str(root / "truth"),
+        dataset={"root": str(root)},
+        matching={"method": "sift+nn", "max_keypoints": 800, "extractors": 1, "matchers": 1},
+        localize={"threshold": 48 * 480 / 4032},
+    )
+    job = pipeline.localize(asked)
+    table = pq.read_table(job.path("localized.parquet"))
+    assert table["query"].to_pylist() == sorted(rendered[1])
+    assert job.metrics["median_translation_error"] < 0.05 and job.metrics["median_rotation_error"] < 0.5
+    assert job.metrics["judged"] == job.metrics["localized"] == 6 and job.metrics["wrong_world"] == 0
+    assert set(table["camera"].to_pylist()) == {"guess"}  # of the recipe, not the 28 mm of EXIF
+    assert [row[0] for row in table["params"].to_pylist()] == pytest.approx([28 / 36 * 480] * 6)
+    assert job.counts["database_without_geometry"] == 1  # and it is no one's pair
+    faults = [fault for row in table["faults"].to_pylist() for fault in row]
+    assert faults and all(fault.startswith(f"{broken[0]}: scan damaged") for fault in faults)
+    assert job.counts["pairs_without_points"] == {"scan damaged, or no file of MATLAB's": len(faults)}
+    lines = [line.split() for line in (tmp_path / "run/poses.txt").read_text().splitlines()]
+    assert [line[0] for line in lines] == [name.rpartition("/")[2] for name in sorted(rendered[1])]
+    w, x, y, z, *t = map(float, lines[0][1:])
+    camera = rendered[1][sorted(rendered[1])[0]]
+    R = scipy.spatial.transform.Rotation.from_quat([x, y, z, w]).as_matrix()
+    np.testing.assert_allclose(-R.T @ t, camera.center, atol=0.1)  # world to camera
+
+
+def test_nothing_is_localized_without_any_scan(rendered, tmp_path, local_ray):
+    root = tmp_path / "tree"
+    shutil.copytree(rendered[0], root, ignore=shutil.ignore_patterns("*.mat", "[1-3]*", "*_[1-9]*_0.jpg"))
+    asked = configuration.load(
+        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), backbone="xfeat", dataset={"root": str(root)}
+    )
+    with pytest.raises(
+        ConfigError, match=r"none of \d+ database images has the geometry .*_0_0\.jpg: nothing at .*\.mat"
+    ):
+        pipeline.localize(asked)
 
 
 def test_the_same_tree_is_rendered_again(tmp_path):

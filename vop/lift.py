@@ -37,8 +37,5 @@ class Lift(Protocol):
     def world(self, name: str) -> str | None:
         """The world that an image lies in, None where it has no geometry; points of two worlds are never mixed."""
 
-    def check(self, names: Collection[str]) -> str | None:
-        """What the user should know before the long work of database images that have no geometry; None: nothing.
-
-        Raises `ConfigError` where none of them has any. Cheap: nothing large is read.
-        """
+    def lacking(self, names: Collection[str]) -> dict[str, str]:
+        """Of these database images, those that have no geometry, and why: they take no part. Nothing large is read."""

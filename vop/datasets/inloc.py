@@ -11,9 +11,9 @@ database/scans, the whole panoramas, is not needed.
 
 `vop localize` takes points of the world from the scans (`vop.datasets.scans`): no model and no cameras of the database
 are needed. The poses of the queries are not published: https://www.visuallocalization.net judges them from a list in
-which a query has its file name alone (`poses.txt`), and no true overlap is known. The layout holds no intrinsics either;
-the recipe names the focal length that the benchmark takes for all queries, with the middle of the image as centre. For
-relative poses give `cameras=` with K per image.
+which a query has its file name alone (`poses.txt`), and no true overlap is known. The layout holds no intrinsics
+either; the recipe names the focal length that the benchmark takes for all queries, with the middle of the image as
+centre. For relative poses give `cameras=` with K per image.
 """
 
 from vop.datasets import layout

@@ -2,8 +2,8 @@
 
 Each floor is a building of its own (`vop.datasets.building`) with a frame of its own. In every room stands a scanner;
 its cutouts are views from one place, each with what its pixels see in the scanner's own frame, and an alignment says
-where the scanner stands. The queries are a phone's: focal length 28/36 of the long side, as the benchmark takes it, and those
-held upright are stored turned, with an EXIF tag that says so and 28 mm as the focal length at 35 mm film.
+where the scanner stands. The queries are a phone's: focal length 28/36 of the long side, as the benchmark takes it, and
+those held upright are stored turned, with an EXIF tag that says so and 28 mm as the focal length at 35 mm film.
 
 Beside InLoc's own files, `truth/FLOOR/cameras.json` holds the poses of the queries, without intrinsics: give
 `cameras=DIR/truth`, and localization is judged by them, while the focal length stays the recipe's.

@@ -27,11 +27,11 @@ from vop.foreign_hdf5 import member
 from vop.geometry import transform
 from vop.image import ImageError, upright_size
 from vop.lift import Lifted
-from vop.schema import ConfigError
 
 CUTOUTS, ALIGNMENTS = "database/cutouts", "database/alignments"
 VARIABLE, SUFFIX = "XYZcut", ".mat"
 HDF5 = b"\x89HDF\r\n\x1a\n"
+UNNAMED = f"no name of a cutout: {CUTOUTS}/FLOOR/SCAN/DUC_cutout_SCAN_YAW_PITCH.jpg"
 MEMORY = 256e6  # bytes of scans that a worker keeps: 5 of InLoc's cutouts (1600 x 1200, 46 MB each)
 
 
@@ -50,6 +50,9 @@ class Scans:
         self.root, self.memory = root, memory
         self.kept: OrderedDict[str, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
+    def __repr__(self) -> str:
+        return f"Scans({self.root!r})"
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"kept": OrderedDict()}
 
@@ -67,35 +70,18 @@ class Scans:
         parts = _parts(name)
         return parts[0] if parts else None
 
-    def check(self, names: Collection[str]) -> str | None:
-        """What the user should know of the scans of database images, None if all are there; folders are listed.
-
-        Raises `ConfigError` where no image has one.
-        """
-        folders: dict[str, Collection[str]] = {}
-
-        def there(path: str) -> bool:
-            folder, _, base = path.rpartition("/")
-            if folder not in folders:
-                folders[folder] = files.listing(folder)
-            return base in folders[folder]
-
-        needed = {name: (self._scan(name), self._alignment(name)) for name in names}
-        lacking = {name: [path for path in paths if path is None or not there(path)] for name, paths in needed.items()}
-        lacking = {name: paths for name, paths in lacking.items() if paths}
-        if not lacking:
-            return None
-        name, paths = next(iter(lacking.items()))
-        said = (
-            f"{len(lacking)} of {len(needed)} database images lack scan points or alignment: {name} has nothing at "
-            f"{paths[0] or ALIGNMENTS}"
-        )
-        if len(lacking) == len(needed):
-            raise ConfigError(
-                f"{said}. Localization needs {SUFFIX} files with {VARIABLE} beside the cutouts, and the alignments in "
-                f"{files.join(self.root, ALIGNMENTS)}/FLOOR/transformations: docs/datasets.md says where to get them"
-            )
-        return f"{said}; keypoints of these images have no 3D point"
+    def lacking(self, names: Collection[str]) -> dict[str, str]:
+        """Of these database images, those without scan or alignment, and what is not there; only folders are listed."""
+        needed = {name: [self._scan(name), self._alignment(name)] for name in names}
+        folders = sorted({path.rpartition("/")[0] for paths in needed.values() for path in paths if path})
+        there = dict(zip(folders, files.concurrently(files.listing, folders), strict=True))
+        found = {}
+        for name, paths in needed.items():
+            for path in paths:
+                folder, _, base = (path or "").rpartition("/")
+                if base not in there.get(folder, {}):
+                    found.setdefault(name, f"nothing at {path}" if path else UNNAMED)
+        return found
 
     def _scan(self, name: str) -> str:
         return files.join(self.root, name) + SUFFIX
@@ -115,7 +101,7 @@ class Scans:
             return self.kept[name]
         alignment = self._alignment(name)
         if alignment is None:
-            raise ScanError(f"{name} is not named as a cutout: {CUTOUTS}/FLOOR/SCAN/DUC_cutout_SCAN_YAW_PITCH.jpg")
+            raise ScanError(UNNAMED)
         world_from_scan = read_alignment(_content(alignment, "alignment"), alignment)
         size = _image_size(files.join(self.root, name))
         path = self._scan(name)
@@ -131,8 +117,8 @@ def interpolate(scan: np.ndarray, points: np.ndarray) -> np.ndarray:
 
     Points have pixel centres at +0.5, so the sample in row r and column c is for the point (c + 0.5, r + 0.5); hloc,
     whose keypoints have centres at 0, finds it at (c, r) (`grid_sample` with align_corners=True). The value is bilinear
-    where all four samples around are finite, else the nearest sample; up to the border of the image, half a pixel beyond
-    the outermost centres, the nearest place between centres counts.
+    where all four samples around are finite, else the nearest sample. Up to the border of the image, half a pixel
+    beyond the outermost centres, the nearest place between centres counts.
 
     Bilinear across a depth edge makes a point in the air between the two surfaces: such correspondences are left to
     RANSAC, as in hloc.
