@@ -25,7 +25,7 @@ import scipy.io
 from vop import files
 from vop.foreign_hdf5 import member
 from vop.geometry import transform
-from vop.image import ImageError, upright_size
+from vop.image import ImageError, check_size, upright_size
 from vop.lift import Lifted
 
 CUTOUTS, ALIGNMENTS = "database/cutouts", "database/alignments"
@@ -217,6 +217,8 @@ def _content(path: str, what: str) -> bytes:
 
 def _image_size(path: str) -> tuple[int, int]:
     try:
-        return upright_size(_content(path, "image"))
+        data = _content(path, "image")
+        check_size(data)
+        return upright_size(data)
     except ImageError as error:
         raise ScanError(f"size of the cutout unknown: {path}: {error}") from error
