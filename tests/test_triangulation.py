@@ -67,7 +67,7 @@ def test_points_lie_on_the_surface_and_rows_are_those_of_the_keypoints(frames):
 
 
 def test_wrong_matches_make_no_points(frames):
-    keypoints, seen, truth = exact_matches(frames)
+    keypoints, seen, _ = exact_matches(frames)
     images = {frame.name: posed_image(frame.name, keypoints[frame.name], known(frame.name, frame.camera))
               for frame in frames}  # fmt: skip
     rng = np.random.default_rng(1)
@@ -101,7 +101,7 @@ def test_matches_are_checked_against_the_known_pose():
     relative = pose_from_rt(np.eye(3), [-1, 0, 0])  # side by side: epipolar lines are rows
     rays0 = np.array([[0.1, 0.2, 1], [0.1, 0.2, 1], [0.1, 0.2, 1], [np.nan, np.nan, 1]])
     beyond = EPIPOLAR_ERROR / 500
-    rays1 = rays0 + [[-0.3, 0, 0], [-0.3, 0.9 * beyond, 0], [-0.3, 1.1 * beyond, 0], [0, 0, 0]]
+    rays1 = rays0 + np.array([[-0.3, 0, 0], [-0.3, 0.9 * beyond, 0], [-0.3, 1.1 * beyond, 0], [0, 0, 0]])
     assert agreeing(rays0, rays1, relative, 500.0, 500.0).tolist() == [True, True, False, False]
     assert agreeing(rays0, rays1, relative, 500.0, 700.0).tolist() == [True, False, False, False]
     assert not agreeing(rays0, rays1, np.eye(4), 500.0, 500.0).any()  # at the same place nothing can be told

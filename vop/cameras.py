@@ -243,6 +243,8 @@ class Cameras:
 
 def may_hold(group: pq.RowGroupMetaData, wanted: list[str]) -> bool:
     """Whether the range of names of a row group holds one of the wanted names, which are sorted."""
+    if not group.num_rows:  # of an empty table: it has no statistics
+        return False
     statistics = group.column(0).statistics
     position = bisect.bisect_left(wanted, statistics.min)
     return position < len(wanted) and wanted[position] <= statistics.max

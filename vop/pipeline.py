@@ -107,7 +107,7 @@ def localize(config: Config) -> Run:
     with run.start(config, "localize") as job, cluster.connect(config.cluster, job):
         benchmark = localization.opened(config, job)
         listed = ranking.listed(config, job, benchmark)
-        lift = benchmark.lift or maps.mapped(config, job, benchmark)
+        lift = maps.mapped(config, job, benchmark) if benchmark.lift is None else benchmark.lift
         matched = matches.matched(config, job, benchmark.sets, listed)
         localization.localized(config, job, benchmark, listed, matched, lift)
         reported(config, job, benchmark.truth)

@@ -143,9 +143,9 @@ def _options(min_angle: float) -> "pycolmap.IncrementalPipelineOptions":
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without COLMAP's account of every image."""
+    """Without COLMAP's account of every image, and its warnings that it has no file to take its colours from."""
     log = load_pycolmap().logging
-    level, log.minloglevel = log.minloglevel, int(log.WARNING)
+    level, log.minloglevel = log.minloglevel, int(log.ERROR)
     try:
         yield
     finally:

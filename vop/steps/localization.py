@@ -1,6 +1,7 @@
 """Poses of queries: localized.parquet, poses.txt for benchmark servers, and how good they are."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from vop.steps import pairs as ranking
 from vop.steps.matches import Matched
 
 CAMERAS, LISTED = "cameras.parquet", "listed_cameras.parquet"  # what is known of queries, and what lists say of them
+ELSEWHERE = ("intrinsics", "map_neighbours", "min_angle", "written")  # settings that poses do not follow from directly
 LOCALIZED, POSES, PARTS = "localized.parquet", "poses.txt", "localized"
 
 
@@ -38,7 +40,7 @@ def check(config: Config) -> None:
 
 
 def opened(config: Config, job: Run) -> Benchmark:
-    """The queries, and the database as far as its geometry is known; what is known of queries goes to the run directory.
+    """The queries, and the database as far as its geometry is known; cameras of queries go to the run directory.
 
     Raises `ConfigError` where nothing of the database is known, or poses.txt could not hold the queries, and
     `CamerasError` for a camera that is malformed or lists that name no query.
@@ -108,7 +110,8 @@ def localized(
     asked = _asked(config, job, benchmark, listed, matched)
     receipts = matched.matches.receipts()
     parts = Parts(config.output, fingerprint(
-        dataclasses.asdict(config.localize), results.SCHEMA.names, load_pycolmap().__version__, repr(lift),
+        {key: value for key, value in dataclasses.asdict(config.localize).items() if key not in ELSEWHERE},
+        results.SCHEMA.names, load_pycolmap().__version__, repr(lift),
         {number: receipts[number]["sha256"] for part in asked for number in part["shard"].drop_null().to_pylist()},
         [[part[name].to_pylist() for name in ("query", "reason", "shard", "row")] for part in asked],
         [matched.features.manifest["features"], *(files.sha256(job.path(name)) for name in (CAMERAS, LISTED))],
@@ -156,4 +159,4 @@ def _asked(config: Config, job: Run, benchmark: Benchmark, listed: pa.Table, mat
     part = pc.index_in(found["query"], names).to_numpy() // config.localize.batch
     found = found.append_column("part", pa.array(part)).select(ASKED.names).cast(ASKED)
     edges = np.flatnonzero(np.diff(part, prepend=-1, append=-1)).tolist()
-    return [found.slice(start, stop - start) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [found.slice(start, stop - start) for start, stop in itertools.pairwise(edges)]

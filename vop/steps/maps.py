@@ -124,7 +124,7 @@ def _triangulated(config: Config, made: Run, matched: Matched, worlds: dict[str,
 
 
 def _by_world(matched: Matched, worlds: dict[str, str]) -> list[pa.Table]:
-    """The matched pairs of each world: part, shard and row in the store of matches, image0, image1; by shard and row."""
+    """The matched pairs of each world: part, shard, row (in the store of matches), image0, image1; by shard and row."""
     shards, rows = matched.matches.locate(matched.pairs)
     table = matched.pairs.select(["image0", "image1"])
     table = table.append_column("shard", pa.array(shards)).append_column("row", pa.array(rows))
