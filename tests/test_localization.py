@@ -272,7 +272,7 @@ def test_worlds_are_not_mixed_and_the_one_with_most_inliers_wins():
 
 def test_with_covisibility_groups_of_images_that_share_points_are_tried_apart():
     keypoints, camera, xyz = constructed()
-    lift = Places({"a": ("w", xyz, ROWS), "b": ("w", xyz, ROWS), "far": ("w", xyz + [9.0, 0, 0], ROWS + 100)})
+    lift = Places({"a": ("w", xyz, ROWS), "b": ("w", xyz, ROWS), "far": ("w", xyz + np.array([9.0, 0, 0]), ROWS + 100)})
     several = [pair("a", ROWS[:30]), pair("far", ROWS[:25]), pair("b", ROWS[30:])]
     assert [[each.database for each in group] for group in covisible(several, lift)] == [["a", "b"], ["far"]]
     apart = localize(several, keypoints, camera, lift, LocalizeConfig(covisibility=True))
