@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-pycolmap = pytest.importorskip("pycolmap", reason="needs the extra localize")
+pytest.importorskip("pycolmap", reason="needs the extra localize")
 
+from vop.cameras import load_pycolmap
 from vop.datasets import colmap
 from vop.datasets.camera_sources import open_cameras, open_points
 
@@ -22,8 +23,9 @@ POSES |= {f"right/{i}.jpg": SIDE[:, :3] @ POSES[f"left/{i}.jpg"] + np.array([[0,
           for i in (0, 1)}  # fmt: skip
 
 
-def model(rigged: bool) -> "pycolmap.Reconstruction":
-    """Two stereo pairs, either as frames of one rig with poses of the rig, or as four images with poses of their own."""
+def model(rigged: bool):
+    """Two stereo pairs as a reconstruction: as frames of one rig that has poses, or as four images with their own."""
+    pycolmap = load_pycolmap()
     made = pycolmap.Reconstruction()
     cameras = [
         pycolmap.Camera(model="PINHOLE", width=640, height=480, params=[500, 510, 320, 240], camera_id=1),

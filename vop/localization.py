@@ -148,9 +148,10 @@ class Localization:
     def _read(self, number: int, rows: np.ndarray) -> list[np.ndarray | None]:
         """The matches in these rows of a shard; None for a pair that failed, or where they cannot be read."""
         try:
-            table = self.matches.read_shard(number, ["matches", "error"]).take(rows)
+            table, places = self.matches.read_around(number, rows, ["matches", "error"])
         except StoreError:
             return [None] * len(rows)
+        table = table.take(places)
         whole = table["error"].is_null().to_pylist()
         return [matches if good else None for matches, good in zip(matches_of(table), whole, strict=True)]
 
