@@ -10,7 +10,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 200_000_000
 
@@ -64,6 +64,18 @@ def check_size(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         raise
     except Exception as error:
         raise ImageError(_reason(error)) from error
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it looks after EXIF rotation, from its header. Raises `ImageError`."""
+    try:
+        image = _open(data)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+    return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _open_small(data: bytes, max_pixels: int) -> Image.Image:

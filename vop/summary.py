@@ -142,6 +142,8 @@ def _localized(job) -> list[str]:
         lines.append(
             f"  left out     {counts['database_without_pose']} database images without a known camera and pose"
         )
+    if counts.get("database_without_geometry"):
+        lines.append(f"  left out     {counts['database_without_geometry']} database images without 3D points")
     if "intrinsics" in counts:
         listed = counts["intrinsics"]
         beside = f"; {listed['unknown']} more are of no query" if listed["unknown"] else ""
@@ -152,6 +154,10 @@ def _localized(job) -> list[str]:
     )
     lines += [
         f"                 {number} without a pose: {why}" for why, number in counts["queries_without_pose"].items()
+    ]
+    lines += [
+        f"                 {number} pairs without 3D points: {why}"
+        for why, number in counts["pairs_without_points"].items()
     ]
     if not scores["judged"]:
         lines.append(f"    {scores['unjudged']}")
