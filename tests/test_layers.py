@@ -10,7 +10,18 @@ LAYERS = (
     {"schema", "config", "files", "storage", "exit_codes"},
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"lock", "journal", "summary"}
-    | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
+    | {
+        "cameras",
+        "names",
+        "pickled",
+        "foreign_hdf5",
+        "foreign_hloc",
+        "shards",
+        "features",
+        "matches",
+        "hloc",
+        "colmap",
+    },
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
     | {"pose", "pose_estimation", "training", "planning"},
     {"stages"},

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vop import files
 from vop.features import FeatureStore
+from vop.schema.poses import IMPORTED
 from vop.shards import ShardStore, StoreError, shard_name
 
 CATALOG = pa.schema(
@@ -105,6 +106,11 @@ class MatchStore(ShardStore):
         manifest = {"format": cls.FORMAT, "features": features}
         files.write_json(files.join(path, "manifest.json"), manifest)
         return cls(path, manifest)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the matches came from a file (`vop import-hloc`)."""
+        return self.manifest["features"].get("matches", {}).get("method") == IMPORTED
 
     def catalog(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """All planned pairs (`CATALOG`), their shards (n,) and their rows inside the shard (n,)."""

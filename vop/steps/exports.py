@@ -27,8 +27,9 @@ class MatchedRun:
     """A finished `vop match` or `vop relative-pose`.
 
     listed: query and database of its pair list, as far as they were matched. pairs: image0 and image1 of these, each
-    pair once, with `shard` and `row` in the store of matches and `flipped`, whether image1 is the query. images: name, shard, row (in the store of features),
-    width and height of the images in them, by shard and row. left_out: how many pairs have no matches to export.
+    pair once, with `shard` and `row` in the store of matches and `flipped`, whether image1 is the query. images: name,
+    shard, row (in the store of features), width and height of the images in them, by shard and row. left_out: how many
+    pairs have no matches to export.
     """
 
     config: Config
@@ -126,6 +127,8 @@ def _matched(features: FeatureStore, matches: MatchStore, listed: pa.Table) -> t
         )
     )
     wanted = located(live, usable["image0"].combine_chunks(), usable["image1"].combine_chunks())
+    if matches.is_imported:
+        wanted = wanted.filter(pa.array(matches.holds(wanted)))
     shards, rows = matches.locate(wanted)
     receipts = matches.receipts()
     unfinished = set(shards.tolist()) - receipts.keys()
