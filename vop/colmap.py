@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 from vop import files
 from vop.cameras import CamerasError, KnownCamera, load_pycolmap
@@ -86,15 +88,43 @@ def guessed_camera(path: str, size: tuple[int, int]) -> ImageCamera:
     The focal length is that of its EXIF; images with the same camera and focal length there share one. Without, or
     where the file cannot be read here, it is `FOCAL_FACTOR` times the long side.
     """
-    bitmap = None
-    if files.exists(path):
-        with files.at_hand(path) as local:
-            bitmap = load_pycolmap().Bitmap.read(local, False)
-    focal, maker = (bitmap.exif_focal_length(), bitmap.exif_camera_model()) if bitmap else (None, None)
+    focal, maker = exif_of(path)
     width, height = size
     params = (focal or FOCAL_FACTOR * max(size), width / 2, height / 2, 0.0)
     camera = _camera("SIMPLE_RADIAL", params, size, bool(focal))
     return ImageCamera(EXIF if focal else GUESSED, camera, (maker, *size, focal) if maker else None)
+
+
+def exif_of(path: str) -> tuple[float | None, str | None]:
+    """The focal length in pixels of the file that the EXIF of a photograph gives, and its camera as COLMAP names it.
+
+    From the equivalent of 35 mm film, by the diagonal; else from the focal length and the pixels per length of the
+    sensor, for which the file must be of the size that was taken, or say what that was; else by COLMAP's list of
+    sensors. Each is the same for an image that is turned upright. None for what is not known, nothing where the file
+    cannot be read. Decodes the image.
+    """
+    if not files.exists(path):
+        return None, None
+    with files.at_hand(path) as local:
+        bitmap = load_pycolmap().Bitmap.read(local, False)
+        if bitmap is None:
+            return None, None
+        focal = bitmap.exif_focal_length()
+        if focal:
+            focal *= _reduced(local)
+    return (focal if focal and np.isfinite(focal) and focal > 0 else None), bitmap.exif_camera_model()
+
+
+def _reduced(path: str) -> float:
+    """How much smaller a photograph is than taken, where COLMAP has its focal length from pixels of the sensor."""
+    try:
+        with Image.open(path) as image:
+            tags, longest = image.getexif().get_ifd(IFD.Exif), max(image.size)
+        taken = max(tags.get(Base.ExifImageWidth, 0), tags.get(Base.ExifImageHeight, 0))
+        by_sensor = tags.get(Base.FocalPlaneXResolution) and 2 <= tags.get(Base.FocalPlaneResolutionUnit, 0) <= 5
+        return longest / taken if by_sensor and taken > 0 and not tags.get(Base.FocalLengthIn35mmFilm) else 1.0
+    except (OSError, ValueError, TypeError, SyntaxError):  # what COLMAP reads and Pillow does not, and broken tags
+        return 1.0
 
 
 def _camera(model: str, params: Iterable[float], size: tuple[int, int], calibrated: bool) -> "pycolmap.Camera":

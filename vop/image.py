@@ -98,6 +98,11 @@ def read_header(file: BinaryIO) -> Header:
     return Header(image.size, orientation if orientation in range(1, 9) else 1)
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it looks after EXIF rotation, from its header. Raises `ImageError`."""
+    return read_header(io.BytesIO(data)).upright
+
+
 def upright_points(points: np.ndarray, header: Header) -> np.ndarray:
     """Where points (n, 2) of the stored pixels lie in the upright image; pixel centres at +0.5 in both."""
     width, height = header.stored

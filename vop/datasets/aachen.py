@@ -12,12 +12,11 @@ The database is what the model names; its poses are COLMAP's, world to camera, p
 database images have a true relative pose. All is one world. Cameras with distortion keep their model and parameters.
 """
 
-from collections.abc import Iterator
-
 from vop import files
-from vop.cameras import Cameras, CamerasError, KnownCamera, load_pycolmap
+from vop.cameras import Cameras
 from vop.datasets import colmap, layout
 from vop.datasets.layout import Benchmark
+from vop.query_cameras import read_list
 from vop.schema import DatasetConfig
 
 IMAGES, MODEL, QUERIES = "images_upright", "3D-models/aachen_v_1_1", "queries"
@@ -43,30 +42,13 @@ def read(dataset: DatasetConfig) -> Benchmark:
     """Queries with intrinsics, database images with intrinsics and poses."""
     prefix = layout.below_root(dataset, dataset.images or IMAGES)
     database = list(colmap.read_cameras(layout.place(dataset, dataset.model or MODEL), "aachen", prefix))
-    queries = [camera for path in _lists(dataset) for camera in _queries(path, prefix)]
+    queries = [camera for path in _lists(dataset) for camera in read_list(path, prefix, "aachen")]
     sides = (layout.image_files(dataset, [camera.name for camera in side]) for side in (queries, database))
-    return Benchmark(layout.two_sets(dataset, *sides), Cameras.of([*database, *queries]), withheld=WITHHELD)
+    return Benchmark(
+        layout.two_sets(dataset, *sides), Cameras.of([*database, *queries]), withheld=WITHHELD, written="basename"
+    )
 
 
 def _lists(dataset: DatasetConfig) -> list[str]:
     folder = layout.place(dataset, QUERIES)
     return [files.join(folder, name) for name in files.listing(folder) if name.endswith(LISTS)]
-
-
-def _queries(path: str, prefix: str) -> Iterator[KnownCamera]:
-    pycolmap = load_pycolmap()
-    for number, line in enumerate(files.read_bytes(path).decode().splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        try:
-            name, model, width, height, *params = line.split()
-            camera = pycolmap.Camera(
-                model=model, width=int(width), height=int(height), params=[float(value) for value in params]
-            )
-            if not camera.verify_params():
-                raise ValueError(f"{len(params)} parameters for {model}")
-        except (ValueError, TypeError) as error:
-            raise CamerasError(
-                f"{path}, line {number}: expected name, COLMAP camera model, width, height and parameters ({error})"
-            ) from error
-        yield colmap.known_camera(prefix + name, camera, None, "aachen")

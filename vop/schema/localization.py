@@ -14,6 +14,8 @@ class LocalizeConfig:
     intrinsics: str | None = None
     """Cameras of the queries in hloc's lists (`name MODEL WIDTH HEIGHT PARAMETERS...`): a file, a folder of .txt files
     or a glob pattern; null: those of `cameras` or of the benchmark, else EXIF, else `localize.focal`."""
+    exif: bool = True
+    """Take the focal length from EXIF where no camera of the query is known; false: `localize.focal` instead."""
     focal: float | None = 1.2
     """Focal length of a query of which nothing is known, in long sides of the image; null: it is not localized."""
     refine_focal: bool = False

@@ -202,6 +202,7 @@ def opened(config: Config, job: Run, usable: pa.Table) -> Imported:
             f"{first['image1']!r}: {first['reason']}. Give pair_list=FILE with the pairs that hloc matched, or import "
             "the matches of these pairs"
         )
+    job.quarantined += [each for each in catalog.quarantined(images) if each not in job.quarantined]
     job.counts |= {"features": store.path, "images_with_features": live.num_rows, "extracted_now": 0}
     job.counts |= {"matches": matches.path, "pairs_matched": wanted.num_rows, "matched_now": 0}
     shards, rows = matches.locate(wanted)
