@@ -71,8 +71,8 @@ def exported(tmp_path_factory):
 def model(exported):
     """What hloc triangulates at the true poses.
 
-    Its own check of matches against these divides by the depth of a ray, `cam_from_img`, in a way that pycolmap 4 does
-    not offer; with `estimate_two_view_geometries` COLMAP checks them.
+    Its default check by these poses writes two-view geometries without a configuration, which pycolmap 4.2 leaves out:
+    no point comes of it. With `estimate_two_view_geometries` COLMAP writes them.
     """
     return triangulation.main(
         exported / "sfm", reference(exported / "reference", DATABASE), exported / "images", exported / "pairs-map.txt",
@@ -171,8 +171,12 @@ def test_inloc_of_hloc_has_as_many_correspondences_as_ours(tmp_path, local_ray):
     """One floor, since hloc puts the frames of several into one estimate."""
     tree = rendered_inloc.Tree(floors=("DUC1",), scans=1, queries=3, yaws=8, cutout=(480, 360), phone=(480, 360))
     truth = rendered_inloc.write(str(tmp_path / "tree"), tree)
+    cutouts = sorted(
+        str(path.relative_to(tmp_path / "tree")) for path in (tmp_path / "tree" / "database").rglob("*.jpg")
+    )
+    (tmp_path / "pairs.txt").write_text("".join(f"{query} {cutout}\n" for query in truth for cutout in cutouts))
     job = pipeline.localize(configuration.load(
-        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), backbone="xfeat",
+        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), pair_list=str(tmp_path / "pairs.txt"),
         cameras=str(tmp_path / "tree" / "truth"), dataset={"root": str(tmp_path / "tree")},
         matching={"method": "sift+nn", "max_keypoints": 800, "extractors": 1, "matchers": 1},
     ))  # fmt: skip

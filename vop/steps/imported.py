@@ -166,6 +166,15 @@ class Imported:
     unmatched: pa.Table
 
 
+def check_computed(config: Config, store: FeatureStore | MatchStore) -> None:
+    """Raise `StoreError` for a store that was imported, where features or matches are to be computed."""
+    if store.is_imported:
+        raise StoreError(
+            f"the store at {store.path} was imported (vop import-hloc), but matching.method is "
+            f"{config.matching.method}: give matching.method=imported to use it as it is, or another {store.KEY}=..."
+        )
+
+
 def opened(config: Config, job: Run, usable: pa.Table) -> Imported:
     """The pairs (image0, image1, reason) of a list, taken from imported stores, which stay as they are.
 

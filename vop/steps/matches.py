@@ -89,6 +89,7 @@ def _extracted(config: Config, job: Run, sets: ImageSets, names: Collection[str]
     with job.step("load matcher"):
         if FeatureStore.exists(config.features_path):
             store = FeatureStore.open(config.features_path)
+            imported.check_computed(config, store)
             store.check_features(identity)
         else:
             store = FeatureStore.create(config.features_path, identity, width(config))
@@ -117,6 +118,7 @@ def _matches(config: Config, job: Run, features: FeatureStore, wanted: pa.Table)
     identity["first_shard_of_features"] = features.receipts()[0]["sha256"]
     if MatchStore.exists(config.matches_path):
         store = MatchStore.open(config.matches_path)
+        imported.check_computed(config, store)
         store.check_features(identity)
     else:
         store = MatchStore.create(config.matches_path, identity)
