@@ -37,6 +37,7 @@ def text(job) -> str:
         lines.append(f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)")
     lines += _judgement(job)
     lines += _matches(job)
+    lines += _imported(job)
     lines += _map(job)
     lines += _poses(job)
     lines += _localized(job)
@@ -89,6 +90,22 @@ def _matches(job) -> list[str]:
         f"  features     of {counts['images_with_features']} images ({counts['extracted_now']} by this run)",
         f"  matches      of {counts['pairs_matched']} unordered pairs ({counts['matched_now']} by this run)",
         *(f"                 {number} pairs not matched: {why}" for why, number in counts["pairs_unmatched"].items()),
+    ]
+
+
+def _imported(job) -> list[str]:
+    counts = job.counts
+    if "pairs_imported" not in counts:
+        return []
+    left_out = [(counts["images_not_in_files"], "images of the collection have no features in the files"),
+                (counts["not_in_collection"], "images of the files are not in the collection"),
+                *((number, f"pairs of the files: {why}") for why, number in counts["pairs_not_imported"].items()),
+                (counts["pairs_failed"], "pairs whose matches do not fit (receipts of the store say why)")]  # fmt: skip
+    return [
+        f"  features     of {counts['images_with_features']} images ({counts['imported_now']} by this run)",
+        f"  matches      of {counts['pairs_imported']} unordered pairs ({counts['pairs_imported_now']} by this run)",
+        *(f"  left out     {number} {what}" for number, what in left_out if number),
+        f"  use          matching.method=imported features={counts['features']} matches={counts['matches']}",
     ]
 
 
