@@ -62,9 +62,11 @@ class ReconstructConfig:
     """Pairs that fewer matches agree with, under one two-view geometry, take no part."""
     min_model_size: int = 3
     """Models of fewer images are not kept."""
+    threads: int = 1
+    """Threads of one mapper; with more than one the last digits of large models differ from run to run."""
     seed: int = 0
     """Seed of the hypotheses of two-view geometries and of the mapper."""
 
     def __post_init__(self):
         require("reconstruct.mapper", self.mapper, self.mapper in ("incremental", "global"), "incremental or global")
-        positive("reconstruct", self, "min_inliers", "min_model_size")
+        positive("reconstruct", self, "min_inliers", "min_model_size", "threads")
