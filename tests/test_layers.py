@@ -12,7 +12,7 @@ LAYERS = (
     | {"lock", "journal", "summary"}
     | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
-    | {"pose", "pose_estimation", "training", "planning"},
+    | {"pose", "pose_estimation", "pair_verification", "view_graph", "reconstruction", "training", "planning"},
     {"stages"},
     {"steps"},
     {"pipeline"},

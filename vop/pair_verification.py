@@ -1,4 +1,4 @@
-"""From matches to two-view geometries: what the verification stage does, as plain callables that read for themselves."""
+"""From matches to two-view geometries: what the stage that verifies pairs does, as callables that read themselves."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor

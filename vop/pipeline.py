@@ -14,7 +14,7 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, labels, matches, planning, poses, training
+from vop.steps import embeddings, exports, labels, matches, planning, poses, reconstruction, training
 from vop.steps import pairs as ranking
 from vop.steps.report import known_overlaps, reported, reported_training
 from vop.steps.status import Status
@@ -98,6 +98,20 @@ def relative_pose(config: Config) -> Run:
         estimated = poses.posed(config, job, matched, benchmark.cameras)
         evaluation = poses.judged(config, job, benchmark, listed, estimated)
         reported(config, job, benchmark.truth, evaluation)
+    return job
+
+
+def reconstruct(config: Config) -> Run:
+    """Make models of a collection: of the pairs listed, or of those that registering ranks."""
+    reconstruction.check()
+    matching.check(config.matching)
+    with run.start(config, "reconstruct") as job, cluster.connect(config.cluster, job):
+        benchmark = open_benchmark(config)
+        reconstruction.check_cameras(benchmark)
+        listed = ranking.listed(config, job, benchmark)
+        matched = matches.matched(config, job, benchmark.sets, listed)
+        registered = reconstruction.reconstructed(config, job, benchmark, matched)
+        reconstruction.judged(config, job, benchmark, registered)
     return job
 
 

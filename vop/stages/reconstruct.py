@@ -49,7 +49,9 @@ def map_groups(config: Config, mapper: Mapper, groups: dict[int, list[str]]) -> 
     """
     cpus = min(config.reconstruct.threads, cluster.cpus())
     task = ray.remote(num_cpus=cpus, max_retries=RETRIES)(_called)
-    waiting = [task.remote(mapper, part, names) for part, names in sorted(groups.items(), key=lambda each: -len(each[1]))]
+    waiting = [
+        task.remote(mapper, part, names) for part, names in sorted(groups.items(), key=lambda each: -len(each[1]))
+    ]
     try:
         while waiting:
             done, waiting = ray.wait(waiting)
