@@ -60,6 +60,8 @@ class ReconstructConfig:
     """incremental or global, the mappers of COLMAP."""
     min_inliers: int = 15
     """Pairs that fewer matches agree with, under one two-view geometry, take no part."""
+    consistent: bool = True
+    """Leave pairs aside that contradict the others, as look-alikes do."""
     min_model_size: int = 3
     """Models of fewer images are not kept."""
     threads: int = 1
