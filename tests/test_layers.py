@@ -12,7 +12,8 @@ LAYERS = (
     | {"lock", "journal", "summary"}
     | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
-    | {"pose", "pose_estimation", "pair_verification", "view_graph", "reconstruction", "training", "planning"},
+    | {"pose", "pose_estimation", "pair_verification", "view_graph", "reconstruction", "point_colors"}
+    | {"training", "planning"},
     {"stages"},
     {"steps"},
     {"pipeline"},

@@ -9,15 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matched_runs import NAMES, SIZE
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from vop import colmap, view_graph
 from vop.cameras import Cameras, KnownCamera
 from vop.features import FeatureStore
 from vop.geometry import Camera, invert
 from vop.matches import MatchStore
 from vop.pair_verification import PairVerification, image_cameras
 from vop.parts import Parts
+from vop.point_colors import paint
 from vop.pose.alignment import judge, similarity
 from vop.reconstruction import DATABASE, VERIFIED, DatabaseWriter, Mapper, place
 from vop.schema import ReconstructConfig
@@ -50,7 +51,7 @@ class Scene:
 
     def models(self, folder, config=CONFIG) -> tuple[pa.Table, Parts]:
         parts = Parts(str(folder), "test", "mapping")
-        Mapper(config, self.images, self.output, parts)(0, sorted(NAMES))
+        Mapper(config, self.images, self.output, parts, 10**8)(0, sorted(NAMES))
         return parts.read_one(0), parts
 
 
@@ -66,7 +67,7 @@ def scene(tmp_path_factory):
     live = features.live().sort_by("name")
     paths = [f"{folder}/images/{name}" for name in live["name"].to_pylist()]
     asked = live.select(["name", "width", "height"]).append_column("path", pa.array(paths))
-    images = image_cameras(asked, f"{output}/cameras.parquet")
+    images = image_cameras(asked, f"{output}/cameras.parquet").append_column("path", asked["path"])
     for column in ("shard", "row"):
         images = images.append_column(column, live[column])
     pq.write_table(images, f"{output}/images.parquet")
@@ -122,14 +123,34 @@ def test_the_scene_comes_back_the_same_twice(scene, tmp_path, mapper):
     assert max(judge(centers, scene.known).errors.values()) < 0.01
 
 
+def test_points_have_the_colour_of_their_pixels(scene, tmp_path):
+    """Photographs that are half red, half blue: no keypoint moves by more than the noise."""
+    for name in NAMES:
+        pixels = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
+        pixels[:, :, 0], pixels[:, SIZE[0] // 2 :, 0], pixels[:, SIZE[0] // 2 :, 2] = 255, 0, 255
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name, format="PNG")
+    scene.write_database()
+    _, parts = scene.models(tmp_path / "models")
+    model = pycolmap.Reconstruction(place(parts, 0, 0))
+    assert {tuple(point.color) for point in model.points3D.values()} == {(0, 0, 0)}  # blank images
+    paint(model, {name: str(tmp_path / name) for name in NAMES}, 10**8)
+    checked = 0
+    for point in model.points3D.values():
+        at = [model.image(e.image_id).point2D(e.point2D_idx).xy[0] for e in point.track.elements]
+        for side, color in ((np.array(at) < SIZE[0] / 2, (255, 0, 0)), (np.array(at) >= SIZE[0] / 2, (0, 0, 255))):
+            if side.all():
+                assert tuple(point.color) == color
+                checked += 1
+    assert checked > 50
+
+
 def test_guessed_intrinsics_are_refined(scene, tmp_path):
     """Of a database whose cameras are not known, beside one that is."""
     images = pq.read_table(scene.images)
-    live = images.select(["name", "width", "height"])
-    paths = [f"{scene.folder}/images/{name}" for name in live["name"].to_pylist()]
-    guessed = image_cameras(live.append_column("path", pa.array(paths)), None)
+    guessed = image_cameras(images.select(["name", "width", "height", "path"]), None)
     assert set(guessed["source"].to_pylist()) == {"guessed as 1.2 x the long side"}
-    for column in ("shard", "row"):
+    for column in ("path", "shard", "row"):
         guessed = guessed.append_column(column, images[column])
     other = dataclasses.replace(scene, output=str(tmp_path))
     pq.write_table(guessed, other.images)
@@ -179,7 +200,7 @@ def test_a_mirrored_scene_is_not_taken_for_the_scene():
 
 def test_a_model_is_judged_by_the_world_of_most_of_its_images():
     truth = known(moved(PLACES), "castle") | known(moved(PLACES[:4]) + 100, "church")
-    centers = {name: place for name, place in zip(known(PLACES, "castle"), PLACES, strict=True)}
+    centers = dict(zip(known(PLACES, "castle"), PLACES, strict=True))
     found = judge(centers | {"stranger.jpg": np.zeros(3)}, truth)
     assert (found.world, found.images, found.foreign) == ("castle", 12, 0)
     assert max(found.errors.values()) < 1e-12

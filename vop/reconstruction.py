@@ -18,6 +18,7 @@ from vop.features import FeatureStore
 from vop.pair_verification import SCHEMA as GEOMETRIES
 from vop.pair_verification import geometry_of, read_keypoints
 from vop.parts import Parts
+from vop.point_colors import paint
 from vop.schema import ReconstructConfig
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ MODEL = pa.schema(
 class DatabaseWriter:
     """Chooses the pairs to trust, and writes them for COLMAP.
 
-    images: where the images lie that have features, a table of `colmap.IMAGES` with their `shard` and `row` there.
+    images: where the images lie that have features, a table of `colmap.IMAGES` with their
+    `path` and, there, their `shard` and `row`.
     geometries: `count` parts with the verified pairs.
     """
 
@@ -141,6 +143,7 @@ class Mapper:
     images: str
     output: str
     parts: Parts
+    max_pixels: int
 
     def __call__(self, part: int, names: list[str]) -> dict:
         """Write the models of these images into folders of part `part` (`place`), then the part: `PART`.
@@ -153,7 +156,10 @@ class Mapper:
             files.at_hand(files.join(self.output, DATABASE)) as database,
         ):
             copy = str(shutil.copy(database, Path(folder) / DATABASE))  # SQLite writes beside what it reads
+            paths = _read(self.images, ["name", "path"])
+            paths = dict(zip(paths["name"].to_pylist(), paths["path"].to_pylist(), strict=True))
             for number, model in enumerate(self._models(copy, names, Path(folder))):
+                paint(model, paths, self.max_pixels)
                 rows += _registered(model, number)
                 written = Path(folder) / f"model-{number}"
                 written.mkdir()

@@ -18,6 +18,7 @@ from vop.parts import Parts, fingerprint
 from vop.pose.alignment import Judgement, judge
 from vop.pose_estimation import QUARANTINED
 from vop.reconstruction import (
+    DATABASE,
     MODELS,
     PART,
     VERIFIED,
@@ -76,7 +77,7 @@ def reconstructed(config: Config, job: Run, benchmark: Benchmark, matched: Match
     version = load_pycolmap().__version__
     inputs = fingerprint(geometries.path.rsplit("-")[-1], asdict(config.reconstruct), PART.names, version,
                          view_graph.VERSION)  # fmt: skip
-    if made_by(job.path(VERIFIED)) != inputs:
+    if made_by(job.path(VERIFIED)) != inputs or not files.exists(job.path(DATABASE)):
         with job.step("choose pairs"):
             writer = DatabaseWriter(
                 config.reconstruct, matched.features, job.path(IMAGES), geometries, count, config.output
@@ -108,7 +109,7 @@ def _cameras(config: Config, job: Run, benchmark: Benchmark, matched: Matched) -
         asked = images.select(["name", "path", "width", "height"])
         parts = (asked.slice(start, IMAGES_AT_ONCE) for start in range(0, asked.num_rows, IMAGES_AT_ONCE))
         found = reconstruct.cameras(config, parts, known)
-        for column in ("shard", "row"):
+        for column in ("path", "shard", "row"):
             found = found.append_column(column, images[column])
         with files.atomic(job.path(IMAGES)) as (filesystem, inner):
             pq.write_table(found, inner, filesystem=filesystem, compression="zstd")
@@ -149,7 +150,7 @@ def _mapped(config: Config, job: Run, inputs: str, pairs: pa.Table) -> None:
     parts = Parts(config.output, inputs, "mapping")
     missing = parts.missing(len(groups))
     total, now = sum(map(len, groups)), sum(len(groups[part]) for part in missing)
-    mapper = Mapper(config.reconstruct, job.path(IMAGES), config.output, parts)
+    mapper = Mapper(config.reconstruct, job.path(IMAGES), config.output, parts, config.embedding.max_pixels)
     with job.progress("map", total, total - now, "images") as bar:
         for written in reconstruct.map_groups(config, mapper, {part: groups[part] for part in missing}):
             bar.update(written["images"], bad=written["images"] - written["registered"])
