@@ -15,7 +15,19 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, imported, labels, localization, maps, matches, planning, poses, training
+from vop.steps import (
+    embeddings,
+    exports,
+    imported,
+    labels,
+    localization,
+    maps,
+    matches,
+    planning,
+    poses,
+    reconstruction,
+    training,
+)
 from vop.steps import pairs as ranking
 from vop.steps.report import found_again, known_overlaps, reported, reported_training
 from vop.steps.status import Status
@@ -112,6 +124,20 @@ def localize(config: Config) -> Run:
         matched = matches.matched(config, job, benchmark.sets, listed)
         localization.localized(config, job, benchmark, listed, matched, lift)
         reported(config, job, benchmark.truth)
+    return job
+
+
+def reconstruct(config: Config) -> Run:
+    """Make models of a collection: of the pairs listed, or of those that registering ranks."""
+    reconstruction.check()
+    matching.check(config.matching)
+    with run.start(config, "reconstruct") as job, cluster.connect(config.cluster, job):
+        benchmark = open_benchmark(config)
+        reconstruction.check_cameras(benchmark)
+        listed = ranking.listed(config, job, benchmark)
+        matched = matches.matched(config, job, benchmark.sets, listed)
+        registered = reconstruction.reconstructed(config, job, benchmark, matched)
+        reconstruction.judged(config, job, benchmark, registered)
     return job
 
 

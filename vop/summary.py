@@ -41,6 +41,7 @@ def text(job) -> str:
     lines += _map(job)
     lines += _poses(job)
     lines += _localized(job)
+    lines += _reconstruction(job)
     lines += _exports(job)
     lines += _training(job)
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in job.timings.items() if step != "total")
@@ -197,6 +198,39 @@ def _pose_errors(scores: dict) -> list[str]:
         f"    against {scores['judged']} true poses: median error {medians}{wrong} (metres: units of the world)",
         *(f"      within {', '.join(recalls[start : start + 3])}" for start in range(0, len(recalls), 3)),
     ]
+
+
+def _reconstruction(job) -> list[str]:
+    counts = job.counts
+    if "pairs_used" not in counts:
+        return []
+    cameras = ", ".join(f"{number} {source}" for source, number in counts["cameras"].items())
+    lines = [
+        f"  cameras      {cameras}",
+        f"  verified     {counts['pairs_used']} of {counts['pairs_matched']} pairs take part",
+        *(f"                 {number} pairs left aside: {why}" for why, number in counts["pairs_left_aside"].items()),
+        f"  registered   {counts['images_registered']} of {counts['images_of_collection']} images in "
+        f"{len(counts['models'])} models",
+    ]
+    for model in counts["models"]:
+        lines.append(
+            f"    models/{model['model']:<3} {model['images']} images, {model['points']} points, reprojection error "
+            f"{model['reprojection_error']:.2f} px, tracks of {model['track_length']:.1f} images"
+        )
+        if model["world"] is not None:
+            lines.append(f"               {_model_judged(model)}")
+    for why, number in counts["images_not_registered"].items():
+        lines.append(f"                 {number} images not registered: {why}")
+    return lines
+
+
+def _model_judged(model: dict) -> str:
+    mixed = f", {model['foreign']} images of other worlds" if model["foreign"] else ""
+    held = f"{model['images_of_world']} images of {model['world'] or 'the one world'}{mixed}"
+    if model["largest_error"] is None:
+        return f"{held}: too few cameras to align"
+    worst, median = model["largest_error"], model["median_error"]
+    return f"{held}: cameras off by at most {worst:.2%} of the scene, median {median:.2%}"
 
 
 def _tokens(job) -> list[str]:

@@ -62,11 +62,15 @@ class ReconstructConfig:
     """incremental or global, the mappers of COLMAP."""
     min_inliers: int = 15
     """Pairs that fewer matches agree with, under one two-view geometry, take no part."""
+    consistent: bool = True
+    """Leave pairs aside that contradict the others, as look-alikes do."""
     min_model_size: int = 3
     """Models of fewer images are not kept."""
+    threads: int = 1
+    """Threads of one mapper; with more than one the last digits of large models differ from run to run."""
     seed: int = 0
     """Seed of the hypotheses of two-view geometries and of the mapper."""
 
     def __post_init__(self):
         require("reconstruct.mapper", self.mapper, self.mapper in ("incremental", "global"), "incremental or global")
-        positive("reconstruct", self, "min_inliers", "min_model_size")
+        positive("reconstruct", self, "min_inliers", "min_model_size", "threads")
