@@ -116,7 +116,7 @@ class Model:
 
 
 def test_hloc_localizes_as_we_do(exported, model):
-    """Same matches and map: the same number of correspondences, and poses as far apart as the seeds of RANSAC make them."""
+    """Same matches and map: the same number of correspondences, and poses apart as the seeds of RANSAC make them."""
     lines = [f"{name} PINHOLE {SIZE[0]} {SIZE[1]} {K[0, 0]} {K[1, 1]} {K[0, 2]} {K[1, 2]}\n" for name in QUERIES]
     (exported / "queries.txt").write_text("".join(lines))
     results = exported / "results.txt"
