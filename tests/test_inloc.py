@@ -293,12 +293,15 @@ def damaged(rendered, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, local_ray):
-    """By the recipe as it is, but for backbone and features that need no weights from elsewhere, and small images."""
+    """By the recipe's own values, in proportion to the size of the images; all pairs are matched, without a ranking."""
+    pytest.importorskip("pycolmap", reason="needs the extra localize")
     root, broken = damaged
+    cutouts = sorted(str(path.relative_to(root)) for path in root.glob("database/cutouts/*/*/*.jpg"))
+    (tmp_path / "pairs.txt").write_text("".join(f"{query} {cutout}\n" for query in rendered[1] for cutout in cutouts))
     asked = configuration.load(
         ["configs/dataset/inloc.yaml"],
         output=str(tmp_path / "run"),
-        backbone="xfeat",
+        pair_list=str(tmp_path / "pairs.txt"),
         cameras=str(root / "truth"),
         dataset={"root": str(root)},
         matching={"method": "sift+nn", "max_keypoints": 800, "extractors": 1, "matchers": 1},
@@ -324,10 +327,11 @@ def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, 
 
 
 def test_nothing_is_localized_without_any_scan(rendered, tmp_path, local_ray):
+    pytest.importorskip("pycolmap", reason="needs the extra localize")
     root = tmp_path / "tree"
     shutil.copytree(rendered[0], root, ignore=shutil.ignore_patterns("*.mat", "[1-3]*", "*_[1-9]*_0.jpg"))
     asked = configuration.load(
-        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), backbone="xfeat", dataset={"root": str(root)}
+        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), dataset={"root": str(root)}
     )
     with pytest.raises(
         ConfigError, match=r"none of \d+ database images has the geometry .*_0_0\.jpg: nothing at .*\.mat"
