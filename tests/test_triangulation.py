@@ -105,3 +105,16 @@ def test_matches_are_checked_against_the_known_pose():
     assert agreeing(rays0, rays1, relative, 500.0, 500.0).tolist() == [True, True, False, False]
     assert agreeing(rays0, rays1, relative, 500.0, 700.0).tolist() == [True, False, False, False]
     assert not agreeing(rays0, rays1, np.eye(4), 500.0, 500.0).any()  # at the same place nothing can be told
+
+
+def test_images_without_keypoints_and_worlds_without_a_good_match_make_no_points(frames):
+    keypoints, seen, _ = exact_matches(frames)
+    first, second, blank = frames[:3]
+    images = {frame.name: posed_image(frame.name, keypoints[frame.name], known(frame.name, frame.camera))
+              for frame in (first, second)}  # fmt: skip
+    images[blank.name] = posed_image(blank.name, np.empty((0, 2)), known(blank.name, blank.camera))
+    nothing = [(first.name, blank.name, np.empty((0, 2), np.int32))]
+    assert triangulate(images, nothing, 1.0) == {}
+    assert triangulate(images, [], 1.0) == {}
+    pair = next(all_pairs({name: seen[name] for name in (first.name, second.name)}))
+    assert triangulate(images, [*nothing, pair], 1.0).keys() == {first.name, second.name}
