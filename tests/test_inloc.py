@@ -282,23 +282,26 @@ def test_rendered_queries_are_a_phones(rendered):
 
 @pytest.fixture(scope="module")
 def damaged(rendered, tmp_path_factory):
-    """The rendered tree with a cutout whose scan is damaged, and one without; their names."""
+    """The rendered tree with a cutout whose scan is damaged, and one without; the name of the first."""
     root = tmp_path_factory.mktemp("damaged")
     shutil.copytree(rendered[0], root, dirs_exist_ok=True)
-    cutouts = sorted(str(path.relative_to(root)) for path in root.glob("database/cutouts/DUC1/*/*.jpg"))
-    (root / (cutouts[0] + ".mat")).write_bytes(b"damaged")
-    (root / (cutouts[1] + ".mat")).unlink()
-    return root, cutouts[:2]
+    bad = "database/cutouts/DUC2/002/DUC_cutout_002_0_0.jpg"  # that a query has many matches with, and not it alone
+    (root / (bad + ".mat")).write_bytes(b"damaged")
+    (root / "database/cutouts/DUC1/000/DUC_cutout_000_120_0.jpg.mat").unlink()
+    return root, bad
 
 
 @pytest.mark.slow
 def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, local_ray):
-    """By the recipe as it is, but for backbone and features that need no weights from elsewhere, and small images."""
+    """By the recipe's own values, in proportion to the size of the images; all pairs are matched, without a ranking."""
+    pytest.importorskip("pycolmap", reason="needs the extra localize")
     root, broken = damaged
+    cutouts = sorted(str(path.relative_to(root)) for path in root.glob("database/cutouts/*/*/*.jpg"))
+    (tmp_path / "pairs.txt").write_text("".join(f"{query} {cutout}\n" for query in rendered[1] for cutout in cutouts))
     asked = configuration.load(
         ["configs/dataset/inloc.yaml"],
         output=str(tmp_path / "run"),
-        backbone="xfeat",
+        pair_list=str(tmp_path / "pairs.txt"),
         cameras=str(root / "truth"),
         dataset={"root": str(root)},
         matching={"method": "sift+nn", "max_keypoints": 800, "extractors": 1, "matchers": 1},
@@ -313,7 +316,7 @@ def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, 
     assert [row[0] for row in table["params"].to_pylist()] == pytest.approx([28 / 36 * 480] * 6)
     assert job.counts["database_without_geometry"] == 1  # and it is no one's pair
     faults = [fault for row in table["faults"].to_pylist() for fault in row]
-    assert faults and all(fault.startswith(f"{broken[0]}: scan damaged") for fault in faults)
+    assert faults and all(fault.startswith(f"{broken}: scan damaged") for fault in faults)
     assert job.counts["pairs_without_points"] == {"scan damaged, or no file of MATLAB's": len(faults)}
     lines = [line.split() for line in (tmp_path / "run/poses.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == [name.rpartition("/")[2] for name in sorted(rendered[1])]
@@ -324,10 +327,11 @@ def test_a_phone_is_localized_among_rendered_scans(rendered, damaged, tmp_path, 
 
 
 def test_nothing_is_localized_without_any_scan(rendered, tmp_path, local_ray):
+    pytest.importorskip("pycolmap", reason="needs the extra localize")
     root = tmp_path / "tree"
     shutil.copytree(rendered[0], root, ignore=shutil.ignore_patterns("*.mat", "[1-3]*", "*_[1-9]*_0.jpg"))
     asked = configuration.load(
-        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), backbone="xfeat", dataset={"root": str(root)}
+        ["configs/dataset/inloc.yaml"], output=str(tmp_path / "run"), dataset={"root": str(root)}
     )
     with pytest.raises(
         ConfigError, match=r"none of \d+ database images has the geometry .*_0_0\.jpg: nothing at .*\.mat"
