@@ -10,10 +10,11 @@ LAYERS = (
     {"schema", "config", "files", "storage", "exit_codes"},
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"lock", "journal", "summary"}
-    | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"},
+    | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"}
+    | {"lift"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
     | {"pose", "pose_estimation", "training", "planning"}
-    | {"query_cameras"},
+    | {"localization", "map_points", "query_cameras", "reconstruction", "triangulation"},
     {"stages"},
     {"steps"},
     {"pipeline"},

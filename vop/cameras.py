@@ -236,15 +236,15 @@ class Cameras:
             if names is None:
                 return cls(file.read())
             wanted = sorted(set(names))
-            groups = [
-                group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), wanted)
-            ]
+            groups = [group for group in range(file.num_row_groups) if may_hold(file.metadata.row_group(group), wanted)]
             table = file.read_row_groups(groups)
         return cls(table.filter(pc.is_in(table["name"], pa.array(wanted, pa.string()))))
 
 
-def _may_hold(group: pq.RowGroupMetaData, wanted: list[str]) -> bool:
+def may_hold(group: pq.RowGroupMetaData, wanted: list[str]) -> bool:
     """Whether the range of names of a row group holds one of the wanted names, which are sorted."""
+    if not group.num_rows:  # of an empty table: it has no statistics
+        return False
     statistics = group.column(0).statistics
     position = bisect.bisect_left(wanted, statistics.min)
     return position < len(wanted) and wanted[position] <= statistics.max

@@ -177,8 +177,9 @@ class MatchStore(ShardStore):
         table = table.append_column("scores", pa.ListArray.from_arrays(pa.array(ends), pa.array(scores)))
         table = table.append_column("error", pa.array(errors, pa.string()))
         with files.atomic(files.join(self.path, f"{shard_name(number)}.parquet")) as (filesystem, inner):
-            pq.write_table(table, inner, filesystem=filesystem, compression="zstd", use_dictionary=False,
-                           write_statistics=False, write_page_checksum=True)  # fmt: skip
+            # A row group for each pair, since those of a query, which are read together, lie in many shards.
+            pq.write_table(table, inner, filesystem=filesystem, row_group_size=1, compression="zstd",
+                           use_dictionary=False, write_statistics=False, write_page_checksum=True)  # fmt: skip
             digest = files.sha256(inner)
         names = zip(*(table[name].to_pylist() for name in ("image0", "image1")), strict=True)
         failed = [

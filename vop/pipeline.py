@@ -14,7 +14,7 @@ from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, labels, matches, planning, poses, training
+from vop.steps import embeddings, exports, labels, localization, maps, matches, planning, poses, training
 from vop.steps import pairs as ranking
 from vop.steps.report import found_again, known_overlaps, reported, reported_training
 from vop.steps.status import Status
@@ -98,6 +98,19 @@ def relative_pose(config: Config) -> Run:
         estimated = poses.posed(config, job, matched, benchmark.cameras)
         evaluation = poses.judged(config, job, benchmark, listed, estimated)
         reported(config, job, benchmark.truth, evaluation)
+    return job
+
+
+def localize(config: Config) -> Run:
+    """Estimate the poses of queries by their matches with a database whose geometry is known."""
+    localization.check(config)
+    with run.start(config, "localize") as job, cluster.connect(config.cluster, job):
+        benchmark = localization.opened(config, job)
+        listed = ranking.listed(config, job, benchmark)
+        lift = maps.mapped(config, job, benchmark) if benchmark.lift is None else benchmark.lift
+        matched = matches.matched(config, job, benchmark.sets, listed)
+        localization.localized(config, job, benchmark, listed, matched, lift)
+        reported(config, job, benchmark.truth)
     return job
 
 

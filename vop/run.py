@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from vop import config, files, lock, summary
@@ -40,6 +40,7 @@ class Run:
     started: str = field(default_factory=now)
     observers: list[Observer] = field(default_factory=list, repr=False)
     journal: Journal | None = field(default=None, repr=False)
+    prefix: str = field(default="", repr=False)
 
     @classmethod
     def read(cls, output: str) -> "Run":
@@ -53,10 +54,14 @@ class Run:
         """A file of the run directory."""
         return files.join(self.output, name)
 
+    def within(self, output: str, prefix: str) -> "Run":
+        """A part of this run that writes elsewhere, with counts of its own and a word before the names of its steps."""
+        return replace(self, output=output, counts={}, metrics={}, quarantined=[], prefix=f"{prefix} ")
+
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step, in seconds of wall clock."""
-        start = time.monotonic()
+        start, name = time.monotonic(), f"{self.prefix}{name}"
         self.tell("step", step=name)
         try:
             yield
@@ -66,7 +71,7 @@ class Run:
     @contextmanager
     def progress(self, step: str, total: int, done: int, unit: str) -> Iterator[Progress]:
         """Time a step whose progress is shown and told to the observers: `done` of `total` images, queries or pairs."""
-        with self.step(step), progress(step, total, done, unit, self.observers) as bar:
+        with self.step(step), progress(f"{self.prefix}{step}", total, done, unit, self.observers) as bar:
             yield bar
 
     def tell(self, event: str, **facts: object) -> None:

@@ -37,7 +37,9 @@ def text(job) -> str:
         lines.append(f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)")
     lines += _judgement(job)
     lines += _matches(job)
+    lines += _map(job)
     lines += _poses(job)
+    lines += _localized(job)
     lines += _exports(job)
     lines += _training(job)
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in job.timings.items() if step != "total")
@@ -114,6 +116,63 @@ def _poses(job) -> list[str]:
         f"{scores['unrelated']} with one between scenes{beside}",
         f"    {area} (percent; protocol {scores['protocol']}, {scores['estimator']}, "
         f"{scores['threshold_px']:g} px, by the {choice})   all in results.md",
+    ]
+
+
+def _map(job) -> list[str]:
+    if "map" not in job.counts:
+        return []
+    held = job.counts["map"]
+    worlds = f" in {held['worlds']} worlds" if held["worlds"] > 1 else ""
+    lines = [
+        f"  map          {held['points']} points{worlds} seen by {held['images']} database images "
+        f"({held['triangulated_now']} triangulated by this run), {held['without_points']} of them see none",
+        f"                 from {held['pairs_matched']} pairs by {' and '.join(held['pairs_by'])} "
+        f"({held['matched_now']} matched, features of {held['extracted_now']} images found by this run)",
+    ]
+    return lines + [f"                 {number} images take no part: {why}" for why, number in held["left_out"].items()]
+
+
+def _localized(job) -> list[str]:
+    counts, scores = job.counts, job.metrics
+    if "queries_without_pose" not in counts:
+        return []
+    lines = []
+    if counts.get("database_without_pose"):
+        lines.append(
+            f"  left out     {counts['database_without_pose']} database images without a known camera and pose"
+        )
+    if "intrinsics" in counts:
+        listed = counts["intrinsics"]
+        beside = f"; {listed['unknown']} more are of no query" if listed["unknown"] else ""
+        lines.append(f"  intrinsics   of {listed['listed']} queries are listed{beside}")
+    lines.append(
+        f"  localized    {scores['localized']} of {scores['queries']} queries ({counts['localized_now']} tried by "
+        f"this run)" + (f", median of {scores['median_inliers']:g} inliers" if scores["localized"] else "")
+    )
+    lines += [
+        f"                 {number} without a pose: {why}" for why, number in counts["queries_without_pose"].items()
+    ]
+    if not scores["judged"]:
+        lines.append(f"    {scores['unjudged']}")
+    else:
+        lines += _pose_errors(scores)
+    lines.append(f"  poses.txt    {counts['poses_txt']}" + (" poses" if isinstance(counts["poses_txt"], int) else ""))
+    return lines
+
+
+def _pose_errors(scores: dict) -> list[str]:
+    """Medians and recalls of the queries whose true pose is known; those without a pose count as infinitely wrong."""
+    middle = (scores["median_translation_error"], scores["median_rotation_error"])
+    medians = (
+        "infinite, as half of them or more failed" if None in middle else f"{middle[0]:.4g} m, {middle[1]:.3g} deg"
+    )
+    wrong = f"; {scores['wrong_world']} in a wrong world" if scores["wrong_world"] else ""
+    recalls = [f"({key.split('@')[1].replace('_', ', ').replace('deg', ' deg').replace('m,', ' m,')}) {value:.1%}"
+               for key, value in scores.items() if key.startswith("recall@") and "m_" in key]  # fmt: skip
+    return [
+        f"    against {scores['judged']} true poses: median error {medians}{wrong} (metres: units of the world)",
+        *(f"      within {', '.join(recalls[start : start + 3])}" for start in range(0, len(recalls), 3)),
     ]
 
 

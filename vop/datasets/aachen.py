@@ -44,7 +44,9 @@ def read(dataset: DatasetConfig) -> Benchmark:
     database = list(colmap.read_cameras(layout.place(dataset, dataset.model or MODEL), "aachen", prefix))
     queries = [camera for path in _lists(dataset) for camera in read_list(path, prefix, "aachen")]
     sides = (layout.image_files(dataset, [camera.name for camera in side]) for side in (queries, database))
-    return Benchmark(layout.two_sets(dataset, *sides), Cameras.of([*database, *queries]), withheld=WITHHELD)
+    return Benchmark(
+        layout.two_sets(dataset, *sides), Cameras.of([*database, *queries]), withheld=WITHHELD, written="basename"
+    )
 
 
 def _lists(dataset: DatasetConfig) -> list[str]:

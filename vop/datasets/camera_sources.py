@@ -4,6 +4,7 @@ import dataclasses
 import posixpath
 from collections.abc import Collection, Iterator, Sequence
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from vop import files
@@ -38,16 +39,44 @@ def open_cameras(source: str, root: str, names: Collection[str]) -> Cameras:
     listed, placed, sources = [], [], _sources(source)
     for path in sources:
         is_json = path.endswith(".json")
-        folder = posixpath.dirname(path) if is_json else path
-        world = folder.removeprefix(source).strip("/") if folder.startswith(source) else ""
-        world = world or posixpath.basename(folder)
+        world = _world(source, path)
         entries = list(read_cameras(path, world) if is_json else colmap.read_cameras(path, world))
         listed += [camera.name for camera in entries]
-        bases = likely_bases(source, folder, root)
-        beside = [base for base in bases if entries and files.exists(files.join(base, entries[0].name))]
-        placed += placed_below(entries, beside[:1] if len(sources) > 1 and beside else bases, root, known)
+        bases = _bases(source, path, entries[0].name if entries else None, root, len(sources) > 1)
+        placed += placed_below(entries, bases, root, known)
     _check_names(source, listed, [camera.name for camera in placed], root, known)
     return Cameras.of(placed)
+
+
+def open_points(source: str, root: str, names: Collection[str]) -> pa.Table:
+    """The points that the images `names` see in the COLMAP models of a source, `colmap.POINTS`; no rows without models.
+
+    Names are found as in `open_cameras`. Raises what that does where nothing is at the source.
+    """
+    source, root, known = files.absolute(source), files.absolute(root), frozenset(names)
+    tables, sources = [colmap.POINTS.empty_table()], [] if source.endswith(".parquet") else _sources(source)
+    for number, path in enumerate(sources):
+        if not path.endswith(".json"):
+            table = colmap.seen_points(path, offset=number << 48)
+            listed = table["name"].to_pylist()
+            bases = _bases(source, path, listed[0] if listed else None, root, len(sources) > 1)
+            placed = pa.array(names_below(listed, bases, root, known), pa.string())
+            tables.append(table.set_column(0, "name", placed).filter(placed.is_valid()))
+    return pa.concat_tables(tables)
+
+
+def _world(source: str, path: str) -> str:
+    """What the world of a file or model is called: its folder below the source, or the folder's own name."""
+    folder = posixpath.dirname(path) if path.endswith(".json") else path
+    world = folder.removeprefix(source).strip("/") if folder.startswith(source) else ""
+    return world or posixpath.basename(folder)
+
+
+def _bases(source: str, path: str, first: str | None, root: str, several: bool) -> list[str]:
+    """Folders that the names of a file or model may count from; `first` is one of them, `several`: it is not alone."""
+    bases = likely_bases(source, posixpath.dirname(path) if path.endswith(".json") else path, root)
+    beside = [base for base in bases if several and first and files.exists(files.join(base, first))]
+    return beside[:1] or bases
 
 
 def _sources(source: str) -> list[str]:
@@ -90,16 +119,24 @@ def placed_below(
     cameras: Sequence[KnownCamera], bases: Sequence[str], root: str, known: Collection[str]
 ) -> list[KnownCamera]:
     """The cameras by names relative to the root; none if no base makes a name one of the images."""
-    best, most = [], 0
+    names = names_below([camera.name for camera in cameras], bases, root, known)
+    named = zip(cameras, names, strict=True)
+    return [dataclasses.replace(camera, name=name) for camera, name in named if name is not None]
+
+
+def names_below(listed: Sequence[str], bases: Sequence[str], root: str, known: Collection[str]) -> list[str | None]:
+    """Listed names as they count from the root, if they count from the base that makes most of them `known`.
+
+    None for one that is not below the root, and for all where no base makes a name known.
+    """
+    best, most = [None] * len(listed), 0
     for base in bases:
-        paths = [files.join(base, camera.name) for camera in cameras]
+        paths = [files.join(base, name) for name in listed]
         names = [path[len(root) + 1 :] if path.startswith(root + "/") else None for path in paths]
         count = sum(name in known for name in names)
         if count > most:
             best, most = names, count
-    return [
-        dataclasses.replace(camera, name=name) for camera, name in zip(cameras, best, strict=False) if name is not None
-    ]
+    return best
 
 
 def _check_names(source: str, listed: Sequence[str], placed: Sequence[str], root: str, known: Collection[str]) -> None:

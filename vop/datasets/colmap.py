@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import scipy.sparse as sparse
 
 from vop import files
@@ -136,6 +137,31 @@ def seen_points(folder: str, prefix: str = "", offset: int = 0) -> pa.Table:
         ids = np.array([point.point3D_id for point in points], np.uint64) + np.uint64(offset)
         rows.append({"name": prefix + image.name, "id": ids, "x": x, "y": y})
     return pa.Table.from_pylist(rows, schema=POINTS)
+
+
+def covisible(points: pa.Table, names: Sequence[str], count: int) -> pa.Table:
+    """Pairs (query, database, rank from 0) of each named image with those `count` that share most points with it.
+
+    points: `POINTS`. Of images that share as many, those come first that do by name.
+    """
+    points = points.filter(pc.is_in(points["name"], pa.array(names, pa.string()))).sort_by("name")
+    ids, images = points["id"].combine_chunks(), points["name"].to_pylist()
+    rows = np.repeat(np.arange(len(images)), pc.list_value_length(ids).to_numpy(zero_copy_only=False))
+    columns = np.unique(ids.flatten().to_numpy(), return_inverse=True)[1]
+    shape = (len(images), columns.max(initial=-1) + 1)
+    sees = sparse.csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=shape)
+    sees.data[:] = 1  # a point may be seen twice
+    shared = (sees @ sees.T).tocsr()
+    pairs = []
+    for row, name in enumerate(images):
+        start, stop = shared.indptr[row : row + 2]
+        others, numbers = shared.indices[start:stop], shared.data[start:stop]
+        best = np.lexsort([others, -numbers])
+        best = best[(others[best] != row) & (numbers[best] > 0)][:count]
+        pairs += [(name, images[other], rank) for rank, other in enumerate(others[best].tolist())]
+    query, database, rank = zip(*pairs, strict=True) if pairs else ((), (), ())
+    columns = {"query": pa.array(query, pa.string()), "database": pa.array(database, pa.string())}
+    return pa.table(columns | {"rank": pa.array(rank, pa.int32())})
 
 
 def shared_points(folder: str) -> tuple[list[str], sparse.csr_array]:

@@ -18,6 +18,7 @@ from vop.cameras import Cameras
 from vop.datasets.folder import ImageFile
 from vop.datasets.image_sets import ImageSets
 from vop.datasets.posed import OverlapTruth
+from vop.lift import Lift
 from vop.names import checked
 from vop.schema import DatasetConfig
 
@@ -32,7 +33,9 @@ class Benchmark:
     unknown. pairs: the pairs that the benchmark itself prescribes, None: it leaves them to retrieval. withheld: what
     the benchmark keeps to its own server and so cannot be measured here, for the user to read; None: nothing. depths:
     the path of an image's depth map, None: there are none. points: gives the points that the images of COLMAP models
-    see (`vop.datasets.colmap.POINTS`), None: none are known.
+    see (`vop.datasets.colmap.POINTS`), None: none are known. lift: where keypoints of the database lie in the world
+    (of scans, say), None: they are triangulated. written: how the benchmark's server names images in lists of poses
+    (one of `vop.schema.localization.WRITTEN`).
     """
 
     sets: ImageSets
@@ -42,6 +45,8 @@ class Benchmark:
     withheld: str | None = None
     depths: Callable[[str], str] | None = None
     points: Callable[[], pa.Table] | None = None
+    lift: Lift | None = None
+    written: str = "name"
 
     @cached_property
     def truth(self) -> OverlapTruth | None:

@@ -99,7 +99,8 @@ class Config:
     matches: str | None = None
     """Store of matches; null: `matches` inside the output."""
     map: str | None = None
-    """Folder of the triangulated map that `localize` makes of its database; null: `map` inside the output."""
+    """Folder of the triangulated map that `localize` makes of its database; null: `map` inside the output. Runs may
+    share it together with `store`, `features` and `matches`: it speaks of the keypoints in these."""
     tokens: str | None = None
     """Store of the backbone's tokens that training reads; null: `tokens` inside the output."""
     pair_labels: str | None = None

@@ -108,11 +108,16 @@ def _stages(told: Config, steps: Mapping[str, dict], since: datetime | None) -> 
     ):
         if kind.exists(path):
             yield _of_images(name, kind.open(path), since)
-    if "search" in steps:
-        yield _of_parts(told, steps["search"], since)
+    for name, folder, kind, size in (
+        ("search", told.output, "parts", told.retrieval.query_batch),
+        ("map search", told.map_path, "parts", told.retrieval.query_batch),
+        ("localize", told.output, "localized", told.localize.batch),
+    ):
+        if name in steps:
+            yield _of_parts(steps[name], folder, kind, size, since)
     if MatchStore.exists(told.matches_path):
         yield _of_pairs(MatchStore.open(told.matches_path), since)
-    for name in ("poses", "labels", "train"):  # told by the run itself, every half minute
+    for name in ("map triangulate", "poses", "labels", "train"):  # told by the run itself, every half minute
         if name in steps:
             left = steps[name]["left_s"] if since else None
             yield Stage(name, steps[name]["unit"], steps[name]["done"], steps[name]["total"], left_s=left)
@@ -140,16 +145,15 @@ def _of_pairs(store: MatchStore, since: datetime | None) -> Stage:
     return Stage("matching", "pairs", sum(rows.values()), total, reasons.total(), _grouped(reasons), left)
 
 
-def _of_parts(told: Config, search: dict, since: datetime | None) -> Stage:
-    """The search: its parts as long as they lie there, afterwards what the run said."""
-    names = (info.base_name for info in files.entries(told.output))
-    folder = next((name for name in names if name.startswith("parts-")), None)
-    if folder is None:
-        return Stage("search", "queries", search["done"], search["total"])
-    path, size = files.join(told.output, folder), told.retrieval.query_batch
+def _of_parts(step: dict, output: str, kind: str, size: int, since: datetime | None) -> Stage:
+    """Queries done, in parts of this size: by the parts as long as they lie there, afterwards what the run said."""
+    folders = [info for info in files.entries(output) if info.base_name.startswith(f"{kind}-")]
+    if not folders:
+        return Stage(step["step"], step["unit"], step["done"], step["total"])
+    path = files.join(output, max(folders, key=lambda info: info.mtime_ns or 0).base_name)
     rows = {name: size for name in files.listing(path) if not name.startswith(".")}
-    done = min(search["total"], size * len(rows))
-    return Stage("search", "queries", done, search["total"], left_s=_left(path, rows, search["total"] - done, since))
+    done = min(step["total"], size * len(rows))
+    return Stage(step["step"], step["unit"], done, step["total"], left_s=_left(path, rows, step["total"] - done, since))
 
 
 def _left(path: str, rows: Mapping[str, int], remaining: int, since: datetime | None) -> float | None:
