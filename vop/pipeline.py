@@ -109,8 +109,8 @@ def localize(config: Config) -> Run:
         listed = ranking.listed(config, job, benchmark)
         lift = maps.mapped(config, job, benchmark) if benchmark.lift is None else benchmark.lift
         matched = matches.matched(config, job, benchmark.sets, listed)
-        localization.localized(config, job, benchmark, listed, matched, lift)
-        reported(config, job, benchmark.truth)
+        table = localization.localized(config, job, benchmark, listed, matched, lift)
+        reported(config, job, benchmark.truth, localized=table)
     return job
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from matplotlib.colors import Normalize
 
 from vop.pose.localized import RECALLS
+from vop.query_cameras import GUESS
 from vop.viz.above import Above
 from vop.viz.above_plot import draw, scale_of, share
 
@@ -50,6 +51,7 @@ def section(report: LocalizedReport) -> dict:
     return {
         "report": report,
         "judged": scores["judged"] > 0,
+        "guessed": GUESS in report.sources,
         "cards": [*_cards(scores)],
         "recalls": [
             {"metres": units, "degrees": degrees, "share": scores[key]}
