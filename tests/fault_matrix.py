@@ -235,7 +235,9 @@ def test_a_killed_worker(fault, command, title, units, scene, page):
     page.append(Row(f"{fault} (`vop {command}`)", "the run went on by itself", struck.kept(before)))
 
 
-@pytest.mark.parametrize(("command", "units"), [("embed", 3), ("register", 5), ("match", 2), ("train", 2), ("localize", 1)])
+@pytest.mark.parametrize(
+    ("command", "units"), [("embed", 3), ("register", 5), ("match", 2), ("train", 2), ("localize", 1)]
+)
 def test_a_killed_driver(command, units, scene, page):
     struck = scene(command)
     job = struck.start()

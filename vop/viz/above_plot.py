@@ -25,6 +25,7 @@ CAMERAS, QUERIES, POINTS = 1500, 1500, 20_000  # drawn at most
 GREY = "#8b94a3"  # of the map: as faint on white as on black
 COLORS = ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.04, 0.84, 64)))  # blue to orange: seen on both
 WIDTH, BESIDE, BELOW, ABOVE = 8.2, 1.3, 1.0, 0.3  # inches: the axes, bar, legend, title
+HIGHEST = 0.8  # height of the axes at most, of WIDTH
 CONE, DOT = 0.45, 0.22  # opacity of a cone; radius of the dot where a camera stands, in lengths of the cone
 
 
@@ -64,10 +65,15 @@ def scale_of(views: Sequence[Above]) -> Normalize:
     return LogNorm(min(max(low, high / 1e4), high / 4), high)
 
 
+def share(view: Above) -> float:
+    """Width of the drawing as a share of the widest, so that the writing in all is of one size on a page."""
+    return _size(Frame.of(view), view)[0] / (WIDTH + BESIDE)
+
+
 def _size(frame: Frame, view: Above) -> tuple[float, float]:
     """Width and height of the figure, inches."""
     width, height = frame.size
-    wide = WIDTH * min(1, 0.9 * width / height)
+    wide = WIDTH * min(1, HIGHEST * width / height)
     return wide + (BESIDE if len(view.known) else 0.5), wide * height / width + BELOW
 
 
@@ -132,7 +138,7 @@ def _queries(axes: Axes, frame: Frame, view: Above, length: float, scale: Normal
     at, cones = frame.flat(center(poses)), frame.cones(poses, length)
     inside, finite = frame.inside(at), np.isfinite(values)
     at[~inside] = frame.border(at[~inside])
-    colors = COLORS(scale(np.where(finite, values, scale.vmin)))
+    colors = COLORS(scale(np.where(finite, np.maximum(values, scale.vmin), scale.vmin)))  # 0 has no logarithm
     colors[np.isnan(values)] = to_rgba(GREY)
     faces = list(colors)
     for row in np.flatnonzero(np.isinf(values)):

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from matplotlib.colors import Normalize
+
 from vop.pose.localized import RECALLS
+from vop.query_cameras import GUESS
 from vop.viz.above import Above
-from vop.viz.above_plot import draw, scale_of
+from vop.viz.above_plot import draw, scale_of, share
 
 LISTED = 200  # queries of a table, at most
 
@@ -48,13 +51,14 @@ def section(report: LocalizedReport) -> dict:
     return {
         "report": report,
         "judged": scores["judged"] > 0,
+        "guessed": GUESS in report.sources,
         "cards": [*_cards(scores)],
         "recalls": [
             {"metres": units, "degrees": degrees, "share": scores[key]}
             for key, (units, degrees) in RECALLS.items()
             if key in scores
         ],
-        "views": [{"title": view.title, "told": view.told, "plot": draw(view, scale)} for view in report.views],
+        "views": [_drawn(view, scale) for view in report.views],
         "failed": report.failed[:LISTED],
         "weakest": report.weakest[:LISTED],
         "number": number,
@@ -65,9 +69,13 @@ def models_section(report: ModelsReport) -> dict:
     """What the template is given."""
     return {
         "report": report,
-        "views": [{"title": view.title, "told": view.told, "plot": draw(view)} for view in report.views],
+        "views": [_drawn(view) for view in report.views],
         "number": number,
     }
+
+
+def _drawn(view: Above, scale: Normalize | None = None) -> dict:
+    return {"title": view.title, "told": view.told, "plot": draw(view, scale), "width": 100 * share(view)}
 
 
 def number(value: float | None) -> str:
