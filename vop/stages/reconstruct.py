@@ -34,10 +34,10 @@ def verify_pairs(config: Config, verification: PairVerification, parts: Iterable
         yield from cluster.rows(cluster.by_shards(ray.data.from_arrow(parts), verification, num_cpus=1))
 
 
-def on_a_worker(function: Callable[[], object]) -> object:
+def on_a_worker(function: Callable, *arguments: object) -> object:
     """What a function returns, or raises, that a worker runs."""
     try:
-        return ray.get(ray.remote(num_cpus=1, max_retries=RETRIES)(_called).remote(function))
+        return ray.get(ray.remote(num_cpus=1, max_retries=RETRIES)(_called).remote(function, *arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 
