@@ -16,9 +16,14 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
+from hypothesis import settings
 from object_store import ObjectStore
 
 from vop.datasets import rendered
+
+# Its limit of 200 ms for an example says something of the machine only.
+settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("patient")
 
 STORE = ObjectStore()  # so far only an address: workers of Ray are told it when they start
 os.environ |= STORE.environment

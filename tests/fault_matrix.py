@@ -72,6 +72,14 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory) -> Path:
+    """A walk through a rendered room, in images large enough to be localized by."""
+    folder = tmp_path_factory.mktemp("walk")
+    rendered.write(folder, 20, seed=0, width=480, height=360, lighting=0.0, mixed=False)
+    return folder
+
+
 def asked(photos: Path, folder: Path, output: Path, **told) -> config.Config:
     names = sorted(path.name for path in photos.glob("*.jpg"))
     pairs, validation = folder / "pairs.txt", folder / "validation.txt"
@@ -98,12 +106,14 @@ RESULTS = {
     "register": ("store/*.parquet", "store/*.json", "*.parquet", "pairs.txt"),
     "match": ("features/*", "matches/*"),
     "train": ("encoder/*.safetensors", "encoder/config.json", "best.safetensors"),
+    "localize": ("map/map.parquet", "localized.parquet", "poses.txt"),
 }
 FINISHED = {
     "embed": "store/shard-*.json",
     "register": "parts-*/[0-9]*.parquet",
     "match": "matches/shard-*.json",
     "train": "checkpoints/step-*.json",
+    "localize": "localized-*/[0-9]*.parquet",
 }
 
 
@@ -112,7 +122,11 @@ class Scene:
 
     def __init__(self, command: str, photos: Path, folder: Path, output: Path, undisturbed: Path, **told):
         self.command, self.folder, self.output, self.undisturbed = command, folder, output, undisturbed
-        extra = {"match": {"pair_list": str(folder / "pairs.txt")}, "train": {"cameras": str(photos)}}
+        extra = {
+            "match": {"pair_list": str(folder / "pairs.txt")},
+            "train": {"cameras": str(photos)},
+            "localize": {"queries": str(photos / "*[05].jpg"), "cameras": str(photos), "localize": {"batch": 1}},
+        }
         self.told = asked(photos, folder, output, **extra.get(command, {}) | told)
         self.jobs: list[Job] = []
 
@@ -151,9 +165,9 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def images(photos, rendered_collection) -> Callable[[str], Path]:
-    """The images of a command: to train takes depth maps of their size."""
-    return lambda command: rendered_collection if command == "train" else photos
+def images(photos, walk, rendered_collection) -> Callable[[str], Path]:
+    """The images of a command: to train takes depth maps of their size, to localize cameras."""
+    return lambda command: {"train": rendered_collection, "localize": walk}.get(command, photos)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +235,9 @@ def test_a_killed_worker(fault, command, title, units, scene, page):
     page.append(Row(f"{fault} (`vop {command}`)", "the run went on by itself", struck.kept(before)))
 
 
-@pytest.mark.parametrize(("command", "units"), [("embed", 3), ("register", 5), ("match", 2), ("train", 2)])
+@pytest.mark.parametrize(
+    ("command", "units"), [("embed", 3), ("register", 5), ("match", 2), ("train", 2), ("localize", 1)]
+)
 def test_a_killed_driver(command, units, scene, page):
     struck = scene(command)
     job = struck.start()

@@ -5,8 +5,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -52,15 +52,19 @@ def every(k: int, faults: Iterable[str]) -> Callable[[int, str, str], str | None
 
 @dataclass
 class FaultProxy:
-    """Stands on a port of its own from the start, so that processes can be told its address; `serve` opens it."""
+    """Stands on a port of its own from the start, so that processes can be told its address; `serve` opens it.
+
+    at_once: the most requests that were under way at the same time.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
     plan: Plan = field(default_factory=Plan)
     requests: list[Request] = field(default_factory=list)
+    at_once: int = 0
 
     def __post_init__(self):
-        self._lock, self._server, self._ended = threading.Lock(), None, threading.Event()
+        self._lock, self._server, self._ended, self._under_way = threading.Lock(), None, threading.Event(), 0
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((self.host, self.port))
@@ -91,7 +95,7 @@ class FaultProxy:
     def reset(self, plan: Plan | None = None) -> None:
         """Forget what was asked, and disturb by this plan from now on."""
         with self._lock:
-            self.plan, self.requests = plan or Plan(), []
+            self.plan, self.requests, self.at_once = plan or Plan(), [], 0
 
     def counted(self) -> Counter:
         """Requests by kind."""
@@ -107,6 +111,18 @@ class FaultProxy:
             number = len(self.requests) + 1
             self.requests.append(Request(number, method, path, client, self.plan.fault(number, method, path)))
             return self.requests[-1]
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While a request is answered."""
+        with self._lock:
+            self._under_way += 1
+            self.at_once = max(self.at_once, self._under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
     def wait(self, seconds: float) -> None:
         """Let a request wait, unless the proxy ends."""
@@ -129,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self):
+        with self.proxy.under_way():
+            self._answered()
+
+    def _answered(self):
         request = self.proxy.note(self.command, self.path, self.client_address[0])
         if request.fault == "reset":  # before the body is read: with data unread, closing sends a TCP reset
             self.close_connection = True

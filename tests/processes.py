@@ -12,11 +12,13 @@ from pathlib import Path
 from vop import config
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_S = 200
+PATIENCE_S = 400
 
-# The command line of vop, which also tells into a file the number of every part of the pairs that it writes.
+# The command line of vop, which also tells into a file the number of every part of the pairs that it writes. Once there
+# are as many as the file `hold` says, it waits until that is gone: in the middle, however busy the machine is.
 COUNTED = """
-import sys
+import sys, time
+from pathlib import Path
 from vop import cli
 from vop.parts import Parts
 
@@ -27,6 +29,9 @@ def counted(self, number, table):
     if self.kind == "parts":
         with open(sys.argv[1], "a") as told:
             told.write(f"{number}\\n")
+        hold, written = Path(sys.argv[1]).with_name("hold"), len(Path(sys.argv[1]).read_text().splitlines())
+        while hold.exists() and written >= int(hold.read_text()):
+            time.sleep(0.02)
 
 Parts.write = counted
 sys.exit(cli.main(sys.argv[2:]))
@@ -34,10 +39,22 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 class Job:
-    """A command of vop in a process, and a session, of its own; what it says goes to `folder/log.txt`."""
+    """A command of vop in a process, and a session, of its own; what it says goes to `folder/log.txt`.
 
-    def __init__(self, command: str, told: config.Config, folder: Path, environment: Mapping[str, str] | None = None):
+    hold: the number of parts of the pairs after which it waits to be killed or to go on (`go_on`).
+    """
+
+    def __init__(
+        self,
+        command: str,
+        told: config.Config,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        hold: int | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
+        self._hold = folder / "hold"
+        self.go_on(hold)
         self._log, self._counted = folder / "log.txt", folder / "written.txt"
         self._counted.write_text("")
         (folder / "asked.yaml").write_text(config.to_yaml(told))
@@ -69,6 +86,15 @@ class Job:
             assert self.process.poll() is None, f"it ended before it could be disturbed:\n{self.log}"
             assert time.monotonic() < deadline, f"nothing happened that could be disturbed:\n{self.log}"
             time.sleep(0.001)
+
+    def go_on(self, hold: int | None = None) -> None:
+        """Let it go on, to its end or until there are `hold` parts."""
+        if hold is None:
+            self._hold.unlink(missing_ok=True)
+        else:
+            whole = self._hold.with_name("hold.new")
+            whole.write_text(str(hold))
+            whole.replace(self._hold)
 
     def wait(self) -> int:
         """The exit status, once it has ended."""

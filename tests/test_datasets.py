@@ -143,6 +143,9 @@ def test_inloc(tmp_path):
     )
     assert benchmark.cameras is None and benchmark.truth is None
     assert "not published" in benchmark.withheld
+    assert [benchmark.lift.world(name) for name in benchmark.sets.database] == ["DUC1", "DUC2"]
+    assert benchmark.lift.world(benchmark.sets.queries[0]) is None
+    assert benchmark.written == "basename"
 
 
 def test_aachen(tmp_path):

@@ -95,25 +95,21 @@ def nodes():
 @pytest.fixture
 def register(nodes, store, tmp_path):
     """A register that runs on the nodes; what is left of it is ended."""
-    job = Job("register", asked(store, tmp_path / "run", nodes.cluster.address), tmp_path / "job")
+    job = Job("register", asked(store, tmp_path / "run", nodes.cluster.address), tmp_path / "job", hold=10)
     yield job
     job.kill()
 
 
-def in_the_middle(job: Job, parts: int) -> None:
-    """Wait until a job has written so many of its parts."""
-    job.wait_until(lambda: len(job.written) >= parts)
-    assert len(job.written) < PARTS - 5, "too late to disturb it"
-
-
 def test_killed_shards_and_those_of_a_lost_node_come_back(undisturbed, nodes, register, tmp_path):
-    in_the_middle(register, 10)
+    register.wait_until(lambda: len(register.written) == 10)
     shards = nodes.shards()
     assert len(shards) == len({node for node, _ in shards}) == 2  # spread over the nodes
     os.kill(shards[0][1], signal.SIGKILL)
-    in_the_middle(register, 50)
+    register.go_on(50)
+    register.wait_until(lambda: len(register.written) == 50)
     assert {process for _, process in nodes.shards()} != {process for _, process in shards}
     nodes.remove(nodes.shards()[0][0])
+    register.go_on()
     assert register.wait() == 0, register.log
     assert sorted(register.written) == [*range(PARTS)]  # none of them twice
     assert_same_pairs(tmp_path / "run", undisturbed)
@@ -137,12 +133,12 @@ def test_a_hung_shard_is_named(store, undisturbed, tmp_path, monkeypatch):
             shards, process = started[0]
             os.kill(process, signal.SIGSTOP)
             # Short from now on only: a busy machine takes longer to start the shards.
-            shards.search = replace(shards.search, retrieval=replace(shards.search.retrieval, timeout_s=5))
+            shards.search = replace(shards.search, retrieval=replace(shards.search.retrieval, timeout_s=15))
 
     monkeypatch.setattr(ranking, "search_shards", watched)
     monkeypatch.setattr(Parts, "write", stopping)
     try:
-        with pytest.raises(SearchError, match=r"search shards \[1\] of 2 have not answered within 5 s"):
+        with pytest.raises(SearchError, match=r"search shards \[1\] of 2 have not answered within 15 s"):
             pipeline.register(asked(store, tmp_path / "run"))
     finally:
         for _, process in started:

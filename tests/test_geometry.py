@@ -64,7 +64,7 @@ def test_points_behind_the_camera_have_no_pixel():
     assert np.isnan(project(np.array([[0.1, 0.1, -1.0], [0.0, 0.0, 0.0]]), K)).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_projection_round_trip(seed):
     rng = np.random.default_rng(seed)

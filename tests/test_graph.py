@@ -86,7 +86,7 @@ RANKED = st.dictionaries(st.sampled_from(POSSIBLE), st.sampled_from([0.0, 0.5, 1
 SOME_PAIRS = st.sets(st.sampled_from(UNORDERED), max_size=8)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     rows=RANKED,
     budget=st.none() | st.integers(1, 30),
@@ -196,7 +196,6 @@ NAMES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(names=st.sets(NAMES, max_size=12), window=st.integers(1, 4))
 def test_sequence_pairs_are_those_of_padded_names(names, window):
     names = sorted(names)

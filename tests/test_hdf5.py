@@ -84,7 +84,7 @@ def contents(path):
     return {file.name: file.read_bytes() for file in Path(path).iterdir()}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1,
                            max_size=6), min_size=1, max_size=5, unique=True),

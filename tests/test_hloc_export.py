@@ -103,7 +103,12 @@ def test_a_run_that_was_moved_is_exported_from_its_new_place(tmp_path):
 
 def test_more_keypoints_than_16_bits_can_number(tmp_path):
     """The numbers of such matches would turn negative in hloc's own type."""
-    table = {"image0": ["a", "a"], "image1": ["b", "c"], "matches": [[[0, 32768], [1, 40000]], [[1, 32767]]]}
+    table = {
+        "image0": ["a", "a"],
+        "image1": ["b", "c"],
+        "flipped": [False, False],
+        "matches": [[[0, 32768], [1, 40000]], [[1, 32767]]],
+    }
     kind = pa.list_(pa.list_(pa.int32(), 2))
     table |= {"matches": pa.array(table["matches"], kind), "scores": pa.array([[0.5, 1], [1]], pa.list_(pa.float32()))}
     counts = {"a": 3, "b": 40001, "c": 32768}

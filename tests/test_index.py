@@ -101,7 +101,7 @@ def in_bytes(votes):
     full=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shards_batches_and_orders_leave_no_trace_in_the_bits(cuts, seed, masked, half, scenes, full, data):
     collection = Collection(seed, masked, np.float16 if half else np.float32)
     queries = np.array([3, 11, *range(N, N + Q)])
@@ -260,7 +260,7 @@ def test_the_number_of_pairs_at_once_leaves_no_trace(monkeypatch, at_once):
 
 
 @given(data=st.data(), seed=st.integers(0, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_order_of_the_wanted_pairs_leaves_no_trace(data, seed):
     collection, queries = Collection(seed), np.arange(N, N + Q)
     every = all_pairs(collection, queries, mutual=True)

@@ -86,7 +86,7 @@ def test_a_number_that_is_not_finite_is_refused():
         quantise(x)
 
 
-@settings(max_examples=50, deadline=None)  # the first one compiles
+@settings(max_examples=50)  # the first one compiles
 @given(ANY_INT8, st.integers(0, 2**32 - 1))
 def test_the_kernel_widens_as_numpy_does(q, seed):
     mask = np.random.default_rng(seed).random(len(q)) < 0.7

@@ -10,11 +10,11 @@ LAYERS = (
     {"schema", "config", "files", "storage", "exit_codes"},
     {"image", "geometry", "metrics", "pairs", "quantised", "store", "hdf5", "catalog", "parts", "run", "progress"}
     | {"lock", "journal", "summary"}
-    | {"cameras", "names", "pickled", "foreign_hdf5", "shards", "features", "matches", "hloc", "colmap"}
-    | {"lift"},
+    | {"cameras", "names", "pickled", "foreign_hdf5", "foreign_hloc", "shards", "features", "matches", "hloc"}
+    | {"lift", "colmap"},
     {"models", "retrieval", "datasets", "viz", "embedding", "evaluation", "matching", "extraction", "pair_matching"}
-    | {"pose", "pose_estimation", "training", "planning"}
-    | {"localization", "map_points", "query_cameras", "reconstruction", "triangulation"},
+    | {"pose", "pose_estimation", "pair_verification", "view_graph", "reconstruction", "point_colors"}
+    | {"localization", "map_points", "query_cameras", "triangulation", "training", "planning"},
     {"stages"},
     {"steps"},
     {"pipeline"},

@@ -14,6 +14,7 @@ pytest.importorskip("pycolmap", reason="needs the extra localize")
 
 from vop import config, files, localization, map_points, pairs
 from vop.cameras import Cameras, KnownCamera, load_pycolmap
+from vop.datasets.colmap import POINTS as POINTS_OF_MODELS
 from vop.datasets.image_sets import open_image_sets
 from vop.datasets.layout import Benchmark
 from vop.features import FeatureStore
@@ -287,3 +288,43 @@ def test_a_query_of_the_database_side_of_a_pair_is_read_the_right_way_round(case
     assert row["matches"] == sum(len(matched_runs.matches(name, "b/5.jpg")) for name in DATABASE)
     assert pq.read_table(f"{case.config.output}/localized.parquet").num_rows == len(QUERIES)
     assert json.loads(json.dumps(localization.ASKED.names)) == ["part", "query", "reason", "shard", "row"]
+
+
+def test_a_pycolmap_of_another_version_is_told_before_any_work(monkeypatch):
+    def lacking():
+        raise ImportError("pycolmap 3.10 is installed, but 4.1 up to 5 is needed")
+
+    monkeypatch.setattr(step, "load_pycolmap", lacking)
+    with pytest.raises(config.ConfigError, match=r"localize: pycolmap 3\.10 is installed"):
+        step.check(config.load())
+
+
+def test_a_database_of_unknown_cameras_is_refused_and_single_unknown_ones_are_left_out(case):
+    with pytest.raises(config.ConfigError, match="none of 4 database images has a known camera and pose"):
+        step._posed(case.job(), case.benchmark, Cameras.of([]))
+    job, first = case.job(), truth()[DATABASE[0]]
+    partly = [first, dataclasses.replace(truth()[DATABASE[1]], cam_from_world=None)]
+    left = step._posed(job, case.benchmark, Cameras.of(partly)).sets
+    assert left.database == (DATABASE[0],)
+    assert left.names == sorted([DATABASE[0], *QUERIES])
+    assert job.counts["database_without_pose"] == 3
+
+
+def test_database_images_are_paired_by_shared_points_within_their_world_and_else_by_overlap(case, monkeypatch):
+    worlds = dict(zip(DATABASE, ["w", "w", "v", "v"], strict=True))
+    points = pa.table({"name": DATABASE[:3], "id": [[1, 2], [2, 3], [1, 2]], "x": [[0.0, 0.0]] * 3,
+                       "y": [[0.0, 0.0]] * 3}).cast(POINTS_OF_MODELS)  # fmt: skip
+    asked = []
+
+    def ranked(_config, _job, _made, _benchmark, names):
+        asked.extend(names)
+        return pairs.ranked(pa.table({"query": [names[0]], "database": [names[1]]}))
+
+    monkeypatch.setattr(maps, "_ranked", ranked)
+    made = case.job().within("unused", "map")
+    benchmark = dataclasses.replace(case.benchmark, points=lambda: points)
+    listed = maps._listed(case.config, case.job(), made, benchmark, worlds)
+    found = [*zip(listed["query"].to_pylist(), listed["database"].to_pylist(), strict=True)]
+    assert found == [(DATABASE[0], DATABASE[1]), (DATABASE[1], DATABASE[0]), (DATABASE[2], DATABASE[3])]
+    assert asked == DATABASE[2:]
+    assert made.counts["pairs_by"] == [maps.BY_POINTS, maps.BY_OVERLAP]

@@ -58,7 +58,7 @@ def test_no_truth_at_all_is_an_error():
         retrieval({"a": ["b"], "b": ["a"]}, NAMES, OVERLAP, 0.95)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 8), st.integers(0, 2**32 - 1), st.floats(0.05, 0.9))
 def test_against_the_definitions(count, seed, bound):
     rng = np.random.default_rng(seed)

@@ -128,11 +128,9 @@ def test_a_response_that_hangs_is_given_up_and_asked_for_again(store, impatient)
         store.proxy.reset(
             Plan(lambda _, m, __, pending=pending: "hang" if m in pending and not pending.clear() else None)
         )
-        since = time.monotonic()
         if method == "PUT":
             files.write_bytes(store.uri("file"), b"content")
         assert files.read_bytes(store.uri("file")) == b"content"
-        assert 1 <= time.monotonic() - since < 20
         assert len(store.proxy.disturbed()) == 1
 
 
@@ -258,23 +256,40 @@ def asked(images: str, output: str, **more) -> Config:
     )
 
 
+def is_receipt(path: str) -> bool:
+    """Whether the receipt of a shard lies there."""
+    return re.search(r"\bshard-\d+\.json\b", path) is not None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that Ray started in /proc")
 def test_a_run_in_a_bucket_killed_and_disturbed_equals_one_on_disk(store, local_ray, rendered_collection, tmp_path):
     """Embed, register and report; every eleventh request fails, and the driver and its workers are ended by SIGKILL."""
     pipeline.register(asked(str(rendered_collection), str(tmp_path / "run")))
     told = asked(store.put(rendered_collection, "images"), store.uri("run"))
-    store.proxy.reset(Plan(every(11, ["500", "503", "reset", "cut"])))
+    disturbed = every(11, ["500", "503", "reset", "cut"])
+    receipts = []
+
+    def nothing_after_the_first_receipt(number: int, method: str, path: str) -> str | None:
+        """So that the driver is in the middle when it is killed, however busy the machine is."""
+        if receipts:
+            return "503"
+        if method == "PUT" and is_receipt(path):
+            receipts.append(path)
+            return None
+        return disturbed(number, method, path)
+
+    store.proxy.reset(Plan(nothing_after_the_first_receipt))
     driver = Job("register", dataclasses.replace(told, cluster=ClusterConfig(address=local_ray)), tmp_path)
     try:
-        driver.wait_until(lambda: any(r.method == "PUT" and "/shard-00" in r.path and r.path.endswith(".json")
-                                      for r in store.proxy.requests[-50:]))  # fmt: skip
+        driver.wait_until(lambda: any(map(is_receipt, store.objects("run/store"))))
     finally:
         driver.kill()
         kill_dataset_workers()
-    done = [name for name in store.objects("run/store") if name.startswith("shard-") and name.endswith(".json")]
-    assert 1 <= len(done) < 12
+    done = [*filter(is_receipt, store.objects("run/store"))]
+    assert len(done) == 1
 
+    store.proxy.reset(Plan(disturbed))
     job = pipeline.register(told)
     assert job.counts["embedded_now"] <= 24 - 2 * len(done)
     assert len(store.proxy.disturbed()) > 20
@@ -294,14 +309,13 @@ def test_a_run_in_a_bucket_killed_and_disturbed_equals_one_on_disk(store, local_
 
 
 def test_receipts_are_read_many_at_a_time(store):
-    """With 20 ms from here to the store, 200 receipts would take 8 s one after the other: two requests for each."""
+    """Two requests for each, a receipt after the other, would take far from the store most of the time of a run."""
     for number in range(200):
         files.write_json(store.uri("store", f"shard-{number:05d}.json"), {"shard": number})
     files.write_bytes(store.uri("store", "shard-00200.json"), b'{"torn": ')
     store.proxy.reset(Plan(latency_s=0.02))
-    since = time.monotonic()
     receipts = ShardStore(store.uri("store"), {}).receipts()
-    assert time.monotonic() - since < 4
+    assert store.proxy.at_once > files.AT_ONCE / 2
     assert receipts == {number: {"shard": number} for number in range(200)}
     assert store.proxy.counted() == {"LIST": 1, "HEAD": 201, "GET": 201}
 

@@ -206,7 +206,7 @@ def test_members_of_an_archive_are_never_files(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0), st.binary(min_size=1, max_size=4))
 def test_damaged_archives_are_arrays_or_refused(place, replaced):
     stream = io.BytesIO()
@@ -222,7 +222,7 @@ def test_damaged_archives_are_arrays_or_refused(place, replaced):
 SAMPLES = [npy(array, 4 if array.dtype == object else None) for array in ARRAYS.values()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(SAMPLES), st.lists(st.tuples(st.integers(0), st.binary(max_size=4)), max_size=4))
 def test_damaged_files_are_arrays_or_refused(data, changes):
     for place, replaced in changes:

@@ -90,7 +90,7 @@ def test_nothing_judged_has_no_area():
     assert len(pose_auc(np.array([1.0]))) == 3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.floats(0, 40), st.just(INF), st.sampled_from([5.0, 10.0])), min_size=1, max_size=12))
 def test_area_segment_by_segment(errors):
     for threshold, area in zip((5, 10, 20), pose_auc(np.array(errors)), strict=True):

@@ -357,7 +357,7 @@ def brute_force(ranked, poses, queries, k, estimator, threshold, unit):
     return {scene: (sorted(errors), *(count[0] for count in counts)) for scene, (errors, *counts) in scenes.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
 def test_against_the_definition(seed):
     rng = np.random.default_rng(seed)

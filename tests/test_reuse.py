@@ -122,7 +122,7 @@ def store(tmp_path_factory):
 
 @pytest.mark.parametrize("shortlisted", [6, None])
 @given(data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_a_pair_scored_from_one_side_serves_both(shortlisted, store, tmp_path_factory, data):
     changes = {"shortlist": shortlisted, "within_scene": data.draw(st.booleans())}
     expected, plain = run(asked_for(store, **changes), str(tmp_path_factory.mktemp("plain")))
@@ -170,7 +170,7 @@ def counted(expected_output, output, store, first, changes, **second):
     scenes=st.booleans(),
     reuse_gb=st.sampled_from([0.0, 1.0]),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_images_added_later_give_the_pairs_of_a_full_run(
     store, tmp_path_factory, chosen, shortlisted, scenes, reuse_gb
 ):

@@ -71,7 +71,7 @@ def test_the_command_of_a_job_makes_the_same_config(tmp_path):
 text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda value: "${" not in value)
 
 
-@settings(max_examples=8, deadline=None)  # loading takes a tenth of a second
+@settings(max_examples=8)  # loading takes a tenth of a second
 @given(text, st.lists(text, max_size=3), st.floats(1e-8, 1.99), st.none() | st.integers(1), st.booleans())
 def test_overrides_make_the_same_config(word, words, radius, shortlist, mutual):
     asked = config.load(dataset={"format": word, "scenes": words}, pairs={"mutual": mutual},

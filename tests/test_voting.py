@@ -232,7 +232,7 @@ def draw_bound(data, similarities):
     dtype=st.sampled_from(["float32", "float16", "int8"]),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_integer_pass_leaves_no_trace_in_the_bits(kinds, seed, P, Q, E, dtype, data):
     """Neither does which image comes first: the votes back are those of the swapped pair."""
     rng = np.random.default_rng(seed)
@@ -253,7 +253,7 @@ def test_the_integer_pass_leaves_no_trace_in_the_bits(kinds, seed, P, Q, E, dtyp
     E=st.sampled_from([1, 16, 40, 256]),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_hit_is_marked(kinds, seed, E, data):
     """With no second chance: here the dense path does not step in where many pairs are marked."""
     rng = np.random.default_rng(seed)
@@ -269,7 +269,7 @@ def test_every_hit_is_marked(kinds, seed, E, data):
     seed=st.integers(0, 1000),
     E=st.sampled_from([16, 48, 256, 1024]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_bound_on_the_rounding_holds(kinds, seed, E):
     """|<x, y> - scale scale' <q, q'>| <= |scale q| |rest'| + |rest| |y|, in float64 with what `_quantise` returns."""
     rng = np.random.default_rng(seed)
@@ -425,7 +425,7 @@ def sparse(query, votes):
 
 
 @given(cuts=st.sets(st.integers(1, 11)), seed=st.integers(0, 5), P=st.integers(1, 30))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_merged_parts_have_the_bits_of_the_whole(cuts, seed, P):
     images = clustered(seed, 13, 20, 16)
     query, rows = images[12][:P], np.random.default_rng(seed).permutation(12)
@@ -468,7 +468,7 @@ def pair_votes(draw):
 
 
 @given(votes=pair_votes(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_votes_are_taken_split_merged_and_read_by_pair(votes, data):
     expected = as_dict(votes)
     order = np.array(data.draw(st.permutations(range(len(votes)))), np.int64)

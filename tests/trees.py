@@ -143,8 +143,8 @@ def covisible(folder: Path, lists: dict[str, list[str]]) -> None:
 def inloc(root: Path) -> None:
     picture(root / "query/iphone7/IMG_0731.JPG")
     picture(root / "query/iphone7/IMG_0732.JPG")
-    for building, scan in (("DUC1", "000"), ("DUC2", "046")):
-        picture(root / f"database/cutouts/{building}/{scan}/{building[:3]}_cutout_{scan}_0_0.jpg")
+    for floor, scan in (("DUC1", "000"), ("DUC2", "046")):
+        picture(root / f"database/cutouts/{floor}/{scan}/{floor[:3]}_cutout_{scan}_0_0.jpg")
     (root / "query/iphone7/LICENSE.txt").write_text("terms")
 
 

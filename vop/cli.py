@@ -20,6 +20,7 @@ COMMANDS = {
     "reconstruct": "make a COLMAP model, or several, of a collection",
     "train": "train the encoder on images whose overlaps are known, or on warped copies of any images",
     "export-matches": "write the features and matches of a finished run for hloc, or as a COLMAP database",
+    "import-hloc": "make stores of the features and matches that hloc wrote, for matching.method=imported",
     "status": "tell how far the run in a directory is, while it runs and after it died: vop status DIR",
     "plan": "say what a collection would take on a cluster: hours, memory, disk, bottleneck; refuse what cannot fit",
     "report": "write report.html of a finished run again",

@@ -31,6 +31,18 @@ KNOWN, EXIF, GUESSED = "known", "with the focal length of their EXIF", f"guessed
 MISFIT = "guessed, for the known one is of another image size"
 LARGEST_SHEAR = 0.5  # pixels, at the border of the image: COLMAP's cameras have no skew
 CACHED_IMAGES = 1024  # images whose keypoints are kept while pairs are verified
+IMAGES = pa.schema(
+    [
+        ("name", pa.string()),
+        ("width", pa.int32()),  # pixels of the upright image
+        ("height", pa.int32()),
+        ("model", pa.string()),  # COLMAP's name of the camera model
+        ("params", pa.list_(pa.float64())),  # its parameters, in COLMAP's order
+        ("calibrated", pa.bool_()),  # whether the focal length is known, be it from EXIF
+        ("source", pa.string()),  # how the camera is known: `KNOWN`, `EXIF`, `GUESSED` or `MISFIT`
+        ("shared", pa.string()),  # equal in images of one and the same camera; null: the image has its own
+    ]
+)
 
 
 class ColmapError(ValueError):
@@ -147,6 +159,33 @@ def camera_of(known: KnownCamera | None, size: tuple[int, int], path: Callable[[
         return replace(guessed_camera(path(), size), source=MISFIT)
 
 
+def described(name: str, found: ImageCamera) -> dict:
+    """The camera of an image as a row of `IMAGES`."""
+    camera, shared = found.camera, found.shared
+    return {
+        "name": name,
+        "width": camera.width,
+        "height": camera.height,
+        "model": camera.model_name,
+        "params": camera.params.tolist(),
+        "calibrated": camera.has_prior_focal_length,
+        "source": found.source,
+        "shared": None if shared is None else repr(shared),
+    }
+
+
+def image_cameras(table: pa.Table) -> dict[str, ImageCamera]:
+    """The cameras of images by name, from a table of `IMAGES`."""
+    return {
+        row["name"]: ImageCamera(
+            row["source"],
+            _camera(row["model"], row["params"], (row["width"], row["height"]), row["calibrated"]),
+            row["shared"],
+        )
+        for row in table.to_pylist()
+    }
+
+
 def add_images(db: "pycolmap.Database", cameras: Mapping[str, ImageCamera]) -> dict[str, int]:
     """Write the images of these names and their cameras, each camera a rig of its own; returns the ids of images."""
     pycolmap = load_pycolmap()
@@ -194,10 +233,7 @@ def add_matches(
     pycolmap = load_pycolmap()
     keypoints = lru_cache(CACHED_IMAGES)(lambda number: db.read_keypoints(number).astype(np.float64))
     cameras = lru_cache(CACHED_IMAGES)(lambda number: db.read_camera(db.read_image(number).camera_id))
-    options = pycolmap.TwoViewGeometryOptions()
-    options.ransac.random_seed = seed
-    kinds = pycolmap.TwoViewGeometryConfiguration
-    unusable = (kinds.UNDEFINED, kinds.DEGENERATE, kinds.WATERMARK)
+    options, unusable = two_view_options(seed), unusable_kinds()
     with ThreadPoolExecutor(cpu_count()) as threads:
         for table in tables:
             sides = [[ids[name] for name in table[side].to_pylist()] for side in ("image0", "image1")]
@@ -216,3 +252,16 @@ def add_matches(
                     db.write_two_view_geometry(*pair, geometry.result())
                     verified += geometry.result().config not in unusable
             yield len(pairs), verified
+
+
+def two_view_options(seed: int) -> "pycolmap.TwoViewGeometryOptions":
+    """COLMAP's own options to verify a pair, which then follows from its matches and cameras alone."""
+    options = load_pycolmap().TwoViewGeometryOptions()
+    options.ransac.random_seed = seed
+    return options
+
+
+def unusable_kinds() -> tuple:
+    """The kinds of two-view geometry that COLMAP takes no part of a pair's matches from."""
+    kinds = load_pycolmap().TwoViewGeometryConfiguration
+    return kinds.UNDEFINED, kinds.DEGENERATE, kinds.WATERMARK

@@ -27,7 +27,7 @@ PATHS = (
     *("cameras", "pair_list", "features", "matches", "map", "dataset.root", "export.hloc", "export.colmap"),
     *("plan.rates", "plan.file"),
     *("pair_labels", "train.labels", "train.scenes", "train.validation", "train.cache", "retrieval.cache"),
-    "localize.intrinsics",
+    *("localize.intrinsics", "hloc.features", "hloc.matches", "retrieval.global_descriptors"),
 )
 PLAIN = re.compile(r"[\w./:@+-]+")  # what needs no quotes, in YAML and in a shell
 # Credentials in a URI: NAME:PASSWORD@ (but not HOST:PORT/...@), and in its query what object stores sign requests with.

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vop import files
+from vop.schema.poses import IMPORTED
 from vop.shards import ImageStore, shard_name
 
 
 @dataclass(frozen=True, eq=False)
 class LocalFeatures:
-    """Keypoints of one image and what they look like, the best score first.
+    """Keypoints of one image and what they look like, the best score first (imported ones as their file has them).
 
     keypoints: (n, 2) float32, x and y in pixels of the upright original image, pixel centres at +0.5. scores: (n,)
     float32. descriptors: (n, D) float16. size: (width, height) of the upright original image; scaled: of the image as
@@ -79,6 +81,11 @@ class FeatureStore(ImageStore):
         files.write_json(files.join(path, "manifest.json"), manifest)
         return cls(path, manifest)
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the features came from a file (`vop import-hloc`)."""
+        return self.manifest["features"].get("method") == IMPORTED
+
     def write_shard(self, number: int, table: pa.Table, quarantined: list[dict]) -> dict:
         """Write a shard, then its receipt, which is returned.
 
@@ -103,12 +110,17 @@ class FeatureStore(ImageStore):
             LocalFeatures(
                 keypoints[place],
                 scores[place].values.to_numpy(),
-                descriptors[place].values.to_numpy().reshape(-1, self.manifest["width"]),
+                descriptors[place].values.to_numpy().reshape(len(keypoints[place]), self.manifest["width"]),
                 tuple(size[place][:2]),
                 tuple(size[place][2:]),
             )
             for place in places.tolist()
         ]
+
+    def counts(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """How many keypoints each of these rows of a shard has, (n,) int64, in this order."""
+        table, places = self.read_around(number, rows, ["scores"])
+        return pc.list_value_length(table["scores"]).to_numpy().astype(np.int64)[places]
 
     def read_keypoints(self, number: int, rows: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
         """Keypoints (n, 2) float32 and size of the original (width, height) of these rows of a shard, in this order.

@@ -1,19 +1,22 @@
 """Features and matches as hloc reads them (github.com/cvg/Hierarchical-Localization).
 
-    features.h5     <name of the image>/             nested groups where the name has slashes
+    features.h5     attribute `orientation` of the file: "upright" (hloc has none)
+                    <name of the image>/             nested groups where the name has slashes
                         keypoints        (N, 2) float32, x and y in pixels of the original image, pixel centres at 0,
                                          with the attribute `uncertainty`, pixels
                         descriptors      (D, N) float16
                         scores           (N,) float32
                         image_size       (2,) width and height of the original image
-    matches.h5      <name of image 0>/<name of image 1>/     in the names `-` for `/`
+    matches.h5      <name of image 0>/<name of image 1>/     in the names `-` for `/`; a pair stands once
                         matches0         (N0,) int16, the keypoint of image 1 for each one of image 0; -1: none
                         matching_scores0 (N0,) float16
     pairs.txt       query database
 
+Most of hloc looks for a pair in both orders, `localize_inloc` for query/database alone: pairs stand as they are listed.
+
 hloc adds 0.5 to keypoints when it hands them to COLMAP, where pixel centres lie at +0.5 as they do here. It writes
 keypoints as float16, which rounds them to whole pixels beyond 1024; it reads what precision the file has. Images are
-upright here: hloc's own extractors leave EXIF orientation out.
+upright here: hloc's own extractors leave EXIF orientation out. What is read of others' files: `vop.foreign_hloc`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -28,6 +31,7 @@ from vop.matches import matches_of
 from vop.pairs import PairsError, check_hloc_names
 
 FEATURES, MATCHES, PAIRS = "features.h5", "matches.h5", "pairs.txt"
+ORIENTATION, UPRIGHT = "orientation", "upright"  # attribute of features.h5: keypoints of images as EXIF turns them
 INT16_KEYPOINTS = 1 << 15  # more than hloc's type can number: such a pair gets int32, which hloc reads as well
 
 
@@ -54,6 +58,7 @@ def write_features(path: str, parts: Iterable[Iterable[tuple[str, LocalFeatures]
     The file appears when the iterator is exhausted, whole.
     """
     with files.atomic(path) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
+        h5.attrs[ORIENTATION] = UPRIGHT
         for part in parts:
             written = {}
             for name, found in part:
@@ -71,18 +76,23 @@ def write_features(path: str, parts: Iterable[Iterable[tuple[str, LocalFeatures]
 def write_matches(path: str, tables: Iterable[pa.Table], keypoints: Mapping[str, int]) -> Iterator[int]:
     """Write the matches of pairs (image0, image1, matches, scores; a table in memory at a time); yields their numbers.
 
-    `keypoints` says how many an image has. A pair stands in the file once; hloc looks for both orders. The file appears
-    when the iterator is exhausted, whole.
+    `keypoints` says how many an image has. A pair stands in the file once, as image1/image0 where the column `flipped`
+    says so. Of several matches of one keypoint the best by score is kept, since matches0 has place for one. The file
+    appears when the iterator is exhausted, whole.
     """
     with files.atomic(path) as (_, inner), h5py.File(inner, "w", libver="latest") as h5:
         for table in tables:
-            names = zip(*(table[side].to_pylist() for side in ("image0", "image1")), strict=True)
+            names = zip(*(table[side].to_pylist() for side in ("image0", "image1", "flipped")), strict=True)
             scores = table["scores"].combine_chunks()
-            for (image0, image1), indices, score in zip(names, matches_of(table), scores, strict=True):
+            for (image0, image1, flipped), indices, score in zip(names, matches_of(table), scores, strict=True):
+                score = score.values.to_numpy()
+                if flipped:
+                    image0, image1, indices = image1, image0, indices[:, ::-1]
+                order = np.argsort(score, kind="stable")  # what is written last stays
                 wide = keypoints[image1] > INT16_KEYPOINTS
                 matches0 = np.full(keypoints[image0], -1, np.int32 if wide else np.int16)
                 scores0 = np.zeros(keypoints[image0], np.float16)
-                matches0[indices[:, 0]], scores0[indices[:, 0]] = indices[:, 1], score.values.to_numpy()
+                matches0[indices[order, 0]], scores0[indices[order, 0]] = indices[order, 1], score[order]
                 group = h5.create_group(f"{key(image0)}/{key(image1)}")
                 group.create_dataset("matches0", data=matches0)
                 group.create_dataset("matching_scores0", data=scores0)

@@ -7,10 +7,12 @@ are numbered row by row; patch 0 is the top left one. Sizes are (width, height).
 import io
 import math
 import warnings
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 200_000_000
 
@@ -66,8 +68,63 @@ def check_size(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         raise ImageError(_reason(error)) from error
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says: size (width, height) of the pixels as they are stored, and how the EXIF
+    orientation (1 to 8) turns them.
+    """
+
+    stored: tuple[int, int]
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The header of an image file, a stream that can seek. Raises `ImageError` for what is no image."""
+    try:
+        image = _open(file)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable metadata says nothing about the orientation
+        orientation = 1
+    return Header(image.size, orientation if orientation in range(1, 9) else 1)
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it looks after EXIF rotation, from its header. Raises `ImageError`."""
+    return read_header(io.BytesIO(data)).upright
+
+
+def upright_points(points: np.ndarray, header: Header) -> np.ndarray:
+    """Where points (n, 2) of the stored pixels lie in the upright image; pixel centres at +0.5 in both."""
+    width, height = header.stored
+    x, y = points[:, 0], points[:, 1]
+    mirrored, below = width - x, height - y
+    return np.stack(
+        {
+            1: (x, y),
+            2: (mirrored, y),
+            3: (mirrored, below),
+            4: (x, below),
+            5: (y, x),
+            6: (below, x),
+            7: (below, mirrored),
+            8: (y, mirrored),
+        }[header.orientation],
+        axis=1,
+    )
+
+
 def _open_small(data: bytes, max_pixels: int) -> Image.Image:
-    image = _open(data)
+    image = _open(io.BytesIO(data))
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise ImageError(
@@ -77,19 +134,21 @@ def _open_small(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Read the header only. `Image.open` would apply its own limit of pixels, which is one setting of the process."""
-    if not data:
+    start = file.read(16)
+    file.seek(0)
+    if not start:
         raise ImageError("empty file (0 bytes)")
     Image.init()
-    prefix = data[:16].ljust(16, b"\0")
+    prefix = start.ljust(16, b"\0")
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is not None and accept(prefix) is True:
-            return factory(io.BytesIO(data), "")
+            return factory(file, "")
     if prefix[4:8] == b"ftyp" and prefix[8:11] in (b"hei", b"hev", b"mif", b"msf"):
         raise ImageError("HEIC images are not supported; convert them to JPEG")
-    raise ImageError(f"not an image of a supported format ({', '.join(_FORMATS)}): it starts with {data[:16]!r}")
+    raise ImageError(f"not an image of a supported format ({', '.join(_FORMATS)}): it starts with {start!r}")
 
 
 def _needs_pillow(image: Image.Image) -> bool:

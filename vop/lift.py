@@ -1,5 +1,6 @@
 """From keypoints of a database image to points of the world: what localization needs of a database with geometry."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,11 +12,13 @@ class Lifted:
     """World points of m keypoints of one database image.
 
     xyz: (m, 3) float64, world units; NaN where the keypoint has no 3D point. ids: (m,) int64, equal where two images
-    see the same point; -1: the point has no identity, and is never taken for that of another image.
+    see the same point; -1: the point has no identity, and is never taken for that of another image. reason: why there
+    is no point at all, where that is a fault of the data, such as a scan that is missing; None: nothing is wrong.
     """
 
     xyz: np.ndarray
     ids: np.ndarray
+    reason: str | None = None
 
 
 class Lift(Protocol):
@@ -33,3 +36,6 @@ class Lift(Protocol):
 
     def world(self, name: str) -> str | None:
         """The world that an image lies in, None where it has no geometry; points of two worlds are never mixed."""
+
+    def lacking(self, names: Collection[str]) -> dict[str, str]:
+        """Of these database images, those that have no geometry, and why: they take no part. Nothing large is read."""

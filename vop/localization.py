@@ -55,11 +55,15 @@ class QueryPair:
 
 @dataclass(frozen=True, eq=False)
 class Correspondences:
-    """Keypoints of a query, by rows (m,), and the points of the world that they show: ids (m,) int64, xyz (m, 3)."""
+    """Keypoints of a query, by rows (m,), and the points of the world that they show: ids (m,) int64, xyz (m, 3).
+
+    fault: why there are none, where the geometry of the database image cannot be read.
+    """
 
     rows: np.ndarray
     ids: np.ndarray
     xyz: np.ndarray
+    fault: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,7 +174,8 @@ class Localization:
             raise NotLocalizedError(reasons.UNREADABLE if seen is None or pairs else reasons.NO_PAIRS)
         keypoints, size = seen
         try:
-            chosen, source = query_camera(files.join(self.root, query), size, listed, known, self.config.focal)
+            path, config = files.join(self.root, query), self.config
+            chosen, source = query_camera(path, size, listed, known, config.focal, config.exif)
             camera = None if chosen is None else colmap.known_camera(chosen, size).camera
         except (CamerasError, colmap.ColmapError) as error:
             raise NotLocalizedError(reasons.MISFIT) from error
@@ -193,9 +198,11 @@ def localize(
     if not pairs:
         return row | {"reason": reasons.FEW_MATCHES}
     best: tuple[AbsolutePose, str] | None = None
-    tried = 0
+    tried, row["faults"] = 0, []
     for world, group in _groups(pairs, lift, config.covisibility):
-        found = merged(lifted(group, lift))
+        parts = lifted(group, lift)
+        row["faults"] += [part.fault for part in parts if part.fault]
+        found = merged(parts)
         tried = max(tried, len(found))
         if len(found) < MIN_POINTS:
             continue
@@ -222,7 +229,8 @@ def lifted(pairs: Iterable[QueryPair], lift: Lift) -> list[Correspondences]:
         rows = pair.indices[:, 1]
         there = lift(pair.database, rows, pair.keypoints[rows].astype(np.float64))
         known = np.isfinite(there.xyz).all(axis=1)
-        found.append(Correspondences(pair.indices[known, 0], there.ids[known], there.xyz[known]))
+        fault = None if there.reason is None else f"{pair.database}: {there.reason}"
+        found.append(Correspondences(pair.indices[known, 0], there.ids[known], there.xyz[known], fault))
     return found
 
 

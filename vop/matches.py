@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vop import files
+from vop.features import FeatureStore
+from vop.schema.poses import IMPORTED
 from vop.shards import ShardStore, StoreError, shard_name
 
 CATALOG = pa.schema(
@@ -105,6 +107,11 @@ class MatchStore(ShardStore):
         files.write_json(files.join(path, "manifest.json"), manifest)
         return cls(path, manifest)
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the matches came from a file (`vop import-hloc`)."""
+        return self.manifest["features"].get("matches", {}).get("method") == IMPORTED
+
     def catalog(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """All planned pairs (`CATALOG`), their shards (n,) and their rows inside the shard (n,)."""
         try:
@@ -163,6 +170,19 @@ class MatchStore(ShardStore):
                 f"with {first['image1']!r}: run {self.MADE_BY} again"
             )
         return shards[at], rows[at]
+
+    def holds(self, wanted: pa.Table) -> np.ndarray:
+        """Which pairs (`CATALOG`) were planned, (n,) bool."""
+        return _positions(self.catalog()[0], wanted) >= 0
+
+    def check_made_of(self, features: FeatureStore) -> None:
+        """Raise `StoreError` if the matches are not of these features."""
+        receipt = features.receipts().get(0, {})
+        if self.manifest["features"].get("first_shard_of_features") != receipt.get("sha256"):
+            raise StoreError(
+                f"the matches at {self.path} are not of the features at {features.path}, which were computed anew or "
+                f"are another run's: run {self.MADE_BY} again with a new matches=..."
+            )
 
     def write_shard(
         self, number: int, pairs: pa.Table, matches: Sequence[Matches], errors: Sequence[str | None]

@@ -9,12 +9,25 @@ from vop.datasets import rendered
 from vop.datasets.benchmark import open_benchmark
 from vop.datasets.image_sets import open_image_sets, read_names
 from vop.datasets.posed import CAMERAS, PosedFolder, overlap_truth
+from vop.foreign_hloc import HlocFiles
 from vop.names import inside
 from vop.pose import relative
 from vop.progress import progress
 from vop.run import Run
 from vop.stages import cluster
-from vop.steps import embeddings, exports, labels, localization, maps, matches, planning, poses, training
+from vop.steps import (
+    embeddings,
+    exports,
+    imported,
+    labels,
+    localization,
+    maps,
+    matches,
+    planning,
+    poses,
+    reconstruction,
+    training,
+)
 from vop.steps import pairs as ranking
 from vop.steps.report import found_again, known_overlaps, reported, reported_training
 from vop.steps.status import Status
@@ -114,6 +127,21 @@ def localize(config: Config) -> Run:
     return job
 
 
+def reconstruct(config: Config) -> Run:
+    """Make models of a collection: of the pairs listed, or of those that registering ranks."""
+    reconstruction.check()
+    matching.check(config.matching)
+    with run.start(config, "reconstruct") as job, cluster.connect(config.cluster, job):
+        benchmark = open_benchmark(config)
+        reconstruction.check_cameras(benchmark)
+        listed = ranking.listed(config, job, benchmark)
+        matched = matches.matched(config, job, benchmark.sets, listed)
+        registered = reconstruction.reconstructed(config, job, benchmark, matched)
+        reconstruction.judged(config, job, benchmark, registered)
+        reported(config, job, benchmark.truth, models=True)
+    return job
+
+
 def train(config: Config) -> Run:
     """Train the encoder on a collection whose overlaps are known, or on views of its images."""
     training.check(config)
@@ -140,6 +168,19 @@ def export_matches(config: Config) -> Run:
         if config.export.colmap is not None:
             exports.to_colmap(config, job, run)
     job.counts["pairs_left_out"] = run.left_out
+    return job
+
+
+def import_hloc(config: Config) -> Run:
+    """Make stores of the features and matches that hloc wrote of a collection; matching.method=imported uses them."""
+    imported.check(config)
+    sources = HlocFiles.find("hloc.features", config.hloc.features), HlocFiles.find("hloc.matches", config.hloc.matches)
+    with run.start(config, "import-hloc") as job:
+        sets = open_benchmark(config).sets
+        with job.writing(config.features_path):
+            store = imported.import_features(config, job, sets, sources[0])
+        with job.writing(config.matches_path):
+            imported.import_matches(config, job, store, sources[1])
     return job
 
 

@@ -64,13 +64,18 @@ def choose(
 
 
 def query_camera(
-    path: str, size: tuple[int, int], listed: KnownCamera | None, known: KnownCamera | None, focal: float | None
+    path: str,
+    size: tuple[int, int],
+    listed: KnownCamera | None,
+    known: KnownCamera | None,
+    focal: float | None,
+    exif: bool = True,
 ) -> tuple[KnownCamera | None, str | None]:
-    """The same for an image file, by a worker: its EXIF is read where nothing better is known.
+    """The same for an image file, by a worker: with `exif` its EXIF is read where nothing better is known.
 
     `vop.colmap.known_camera` makes it a camera of pycolmap.
     """
-    return choose(listed, known, size, lambda: exif_of(path)[0], focal)
+    return choose(listed, known, size, lambda: exif_of(path)[0] if exif else None, focal)
 
 
 def _pinhole(focal: float, size: tuple[int, int]) -> KnownCamera:

@@ -37,9 +37,11 @@ def text(job) -> str:
         lines.append(f"  file         {counts['h5']} ({counts['exported']} images, {counts['cameras']} with cameras)")
     lines += _judgement(job)
     lines += _matches(job)
+    lines += _imported(job)
     lines += _map(job)
     lines += _poses(job)
     lines += _localized(job)
+    lines += _reconstruction(job)
     lines += _exports(job)
     lines += _training(job)
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in job.timings.items() if step != "total")
@@ -89,6 +91,22 @@ def _matches(job) -> list[str]:
         f"  features     of {counts['images_with_features']} images ({counts['extracted_now']} by this run)",
         f"  matches      of {counts['pairs_matched']} unordered pairs ({counts['matched_now']} by this run)",
         *(f"                 {number} pairs not matched: {why}" for why, number in counts["pairs_unmatched"].items()),
+    ]
+
+
+def _imported(job) -> list[str]:
+    counts = job.counts
+    if "pairs_imported" not in counts:
+        return []
+    left_out = [(counts["images_not_in_files"], "images of the collection have no features in the files"),
+                (counts["not_in_collection"], "images of the files are not in the collection"),
+                *((number, f"pairs of the files: {why}") for why, number in counts["pairs_not_imported"].items()),
+                (counts["pairs_failed"], "pairs whose matches do not fit (receipts of the store say why)")]  # fmt: skip
+    return [
+        f"  features     of {counts['images_with_features']} images ({counts['imported_now']} by this run)",
+        f"  matches      of {counts['pairs_imported']} unordered pairs ({counts['pairs_imported_now']} by this run)",
+        *(f"  left out     {number} {what}" for number, what in left_out if number),
+        f"  use          matching.method=imported features={counts['features']} matches={counts['matches']}",
     ]
 
 
@@ -142,6 +160,8 @@ def _localized(job) -> list[str]:
         lines.append(
             f"  left out     {counts['database_without_pose']} database images without a known camera and pose"
         )
+    if counts.get("database_without_geometry"):
+        lines.append(f"  left out     {counts['database_without_geometry']} database images without 3D points")
     if "intrinsics" in counts:
         listed = counts["intrinsics"]
         beside = f"; {listed['unknown']} more are of no query" if listed["unknown"] else ""
@@ -152,6 +172,10 @@ def _localized(job) -> list[str]:
     )
     lines += [
         f"                 {number} without a pose: {why}" for why, number in counts["queries_without_pose"].items()
+    ]
+    lines += [
+        f"                 {number} pairs without 3D points: {why}"
+        for why, number in counts["pairs_without_points"].items()
     ]
     if not scores["judged"]:
         lines.append(f"    {scores['unjudged']}")
@@ -174,6 +198,39 @@ def _pose_errors(scores: dict) -> list[str]:
         f"    against {scores['judged']} true poses: median error {medians}{wrong} (metres: units of the world)",
         *(f"      within {', '.join(recalls[start : start + 3])}" for start in range(0, len(recalls), 3)),
     ]
+
+
+def _reconstruction(job) -> list[str]:
+    counts = job.counts
+    if "pairs_used" not in counts:
+        return []
+    cameras = ", ".join(f"{number} {source}" for source, number in counts["cameras"].items())
+    lines = [
+        f"  cameras      {cameras}",
+        f"  verified     {counts['pairs_used']} of {counts['pairs_matched']} pairs take part",
+        *(f"                 {number} pairs left aside: {why}" for why, number in counts["pairs_left_aside"].items()),
+        f"  registered   {counts['images_registered']} of {counts['images_of_collection']} images in "
+        f"{len(counts['models'])} models",
+    ]
+    for model in counts["models"]:
+        lines.append(
+            f"    models/{model['model']:<3} {model['images']} images, {model['points']} points, reprojection error "
+            f"{model['reprojection_error']:.2f} px, tracks of {model['track_length']:.1f} images"
+        )
+        if model["world"] is not None:
+            lines.append(f"               {_model_judged(model)}")
+    for why, number in counts["images_not_registered"].items():
+        lines.append(f"                 {number} images not registered: {why}")
+    return lines
+
+
+def _model_judged(model: dict) -> str:
+    mixed = f", {model['foreign']} images of other worlds" if model["foreign"] else ""
+    held = f"{model['images_of_world']} images of {model['world'] or 'the one world'}{mixed}"
+    if model["largest_error"] is None:
+        return f"{held}: too few cameras to align"
+    worst, median = model["largest_error"], model["median_error"]
+    return f"{held}: cameras off by at most {worst:.2%} of the scene, median {median:.2%}"
 
 
 def _tokens(job) -> list[str]:

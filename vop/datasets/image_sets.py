@@ -36,8 +36,8 @@ def open_image_sets(config: Config) -> ImageSets:
     """List the images that `images`, `queries` and `database` of a config name.
 
     Without queries or database, that set is every image. Names are relative to `root`; without it to the root of
-    `images`, and without these to the deepest folder that holds both sets, as hloc has it. Raises `ConfigError` if too little is named, and what
-    `list_images` raises.
+    `images`, and without these to the deepest folder that holds both sets, as hloc has it. Raises `ConfigError` if too
+    little is named, and what `list_images` raises.
     """
     if config.images is None and (config.queries is None or config.database is None):
         raise ConfigError("no images: give images=FOLDER, or queries=FOLDER and database=FOLDER")

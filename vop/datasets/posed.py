@@ -6,7 +6,6 @@ pixels of the stored image, pixel centres at +0.5. The images lie beside it, or 
 computed: columns query, database (string) and overlap (float32), one row per ordered pair with overlap above 0.
 """
 
-import io
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sparse
-from PIL import ExifTags, Image
 
 from vop import files
 from vop.cameras import KnownCamera
 from vop.geometry import Camera, overlap_matrix, pose_from_rt
-from vop.image import check_size, decode
+from vop.image import check_size, decode, upright_size
 from vop.names import checked
 
 CAMERAS = "cameras.json"
@@ -266,12 +264,5 @@ def _folder(root: str, name: str) -> str:
 
 def _posed(root: str, known: KnownCamera) -> Camera:
     known = known.checked()
-    size = (known.width, known.height) if known.sized else _upright_size(root, known.name)
+    size = (known.width, known.height) if known.sized else upright_size(files.read_bytes(files.join(root, known.name)))
     return Camera(known.K, known.cam_from_world, *size)
-
-
-def _upright_size(root: str, name: str) -> tuple[int, int]:
-    """Width and height of an image from its header, as it looks after EXIF rotation."""
-    with Image.open(io.BytesIO(files.read_bytes(files.join(root, name)))) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else (image.width, image.height)

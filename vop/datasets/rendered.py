@@ -72,7 +72,7 @@ def render_frame(
     elif mixed and shape < 0.25:
         height = max(1, round(width * 9 / 16))
     camera = _camera(scene, index, width, height, rng)
-    light = _light(lighting, camera, rng)
+    light = light_of(lighting, camera, rng)
     image, depth = draw(scene.rectangles, camera, light, rng)
     return Frame(f"{index:04d}.jpg", image, depth, camera)
 
@@ -117,14 +117,14 @@ def _camera(scene: Scene, index: int, width: int, height: int, rng: np.random.Ge
     sense = 1 if (room + lap) % 2 == 0 else -1
     yaw = (yaw0 + along * turns if sense > 0 else yaw1 - along * turns) + rng.normal(0, 0.12) + 0.7 * lap
     pitch, roll = rng.normal(-0.06, 0.1), rng.normal(0, 0.04)
-    R = _look(yaw, pitch, roll)
+    R = look(yaw, pitch, roll)
     focal = max(width, height) * rng.uniform(0.62, 0.85)
     K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     center = np.array([x, y, EYE + rng.normal(0, 0.12)])
     return Camera(K, pose_from_rt(R, -R @ center), width, height)
 
 
-def _look(yaw: float, pitch: float, roll: float) -> np.ndarray:
+def look(yaw: float, pitch: float, roll: float) -> np.ndarray:
     """World-to-camera rotation of a camera that looks along yaw (from east to north), up by pitch, rolled."""
     forward = np.array([math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
@@ -133,7 +133,7 @@ def _look(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return np.stack([c * right + s * down, -s * right + c * down, forward])
 
 
-def _light(strength: float, camera: Camera, rng: np.random.Generator) -> Light:
+def light_of(strength: float, camera: Camera, rng: np.random.Generator) -> Light:
     """Draw the light of one image; the same numbers are drawn at any strength, so that cameras do not change."""
     exposure, warmth, share, vignette = rng.normal(-0.05, 0.15), rng.normal(0, 0.06), rng.random(), rng.random()
     lamp = camera.center + np.array([*rng.uniform(-2, 2, 2), 0.7])

@@ -8,6 +8,7 @@
 | `disk+lightglue` | DISK, D = 128 | LightGlue | extra `lightglue` |
 | `superpoint+lightglue` | SuperPoint, D = 256, non-commercial | LightGlue | the package `lightglue` |
 | `hloc:FEATURES+MATCHER` | any of hloc's `extract_features` | any of its `match_features` | hloc |
+| `imported` | of a file | of a file | `vop import-hloc`; computes nothing |
 
 A method is one module with four functions: `check`, `identity`, `open_extractor` and `open_matcher`.
 """
@@ -18,6 +19,7 @@ from types import ModuleType
 
 from vop.matching.interface import Extractor, Matcher
 from vop.schema import ConfigError, MatchingConfig
+from vop.schema.poses import IMPORTED
 
 MODULES = {
     "xfeat+lighterglue": "xfeat",
@@ -25,6 +27,7 @@ MODULES = {
     "aliked+lightglue": "pretrained",
     "disk+lightglue": "pretrained",
     "superpoint+lightglue": "pretrained",
+    IMPORTED: "imported",
 }
 METHODS = tuple(MODULES)
 """Names for `matching.method`; besides these, `hloc:FEATURES+MATCHER`."""

@@ -54,7 +54,8 @@ class Encoder(nn.Module):
         """
         if self.training:  # images of one size have the same places, and what is dropped of them is drawn once
             distinct, of_image = torch.unique(scaled_sizes, dim=0, return_inverse=True)
-            places = self.keypoint_encoder(normalized_centers(tokens.shape[1], distinct))[of_image]
+            places = self.keypoint_encoder(normalized_centers(tokens.shape[1], distinct))
+            places = places.index_select(0, of_image)  # indexing by [] sums its gradients in any order
         else:
             places = self.keypoint_encoder(normalized_centers(tokens.shape[1], scaled_sizes))
         return self.input_proj(tokens) + places

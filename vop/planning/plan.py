@@ -127,6 +127,8 @@ def check(config: Config, device: str) -> None:
             f"no plan is made for retrieval.index={asked.index}, retrieval.patch_index={asked.patch_index}: only for "
             "Flat and IVF indices of global descriptors"
         )
+    if asked.global_descriptors is not None:
+        raise ConfigError("no plan is made for retrieval.global_descriptors: only for those of the backbone")
 
 
 def _limits(plan: Plan) -> list[Limit]:

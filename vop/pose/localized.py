@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.spatial.transform import Rotation
 
 from vop import files
@@ -28,6 +29,10 @@ SCHEMA = pa.schema(
         ("correspondences", pa.int32()),  # of a keypoint and a 3D point, that the pose was sought with
         ("pairs", pa.int32()),  # of the query, that took part
         ("matches", pa.int32()),  # of these pairs
+        (
+            "faults",
+            pa.list_(pa.string()),
+        ),  # of these pairs, those without 3D points for an error: image, error
         ("camera", pa.string()),  # where its intrinsics come from: `vop.query_cameras.SOURCES`; null: unknown
         ("model", pa.string()),  # COLMAP's camera model that was used, refined where that was asked for
         ("params", pa.list_(pa.float64())),  # its parameters, in COLMAP's order
@@ -102,6 +107,12 @@ def poses_of(table: pa.Table) -> np.ndarray:
 def failures(table: pa.Table) -> dict[str, int]:
     """How many queries have no pose, by reason, the most frequent first."""
     return dict(Counter(table["reason"].drop_null().to_pylist()).most_common())
+
+
+def faults(table: pa.Table) -> dict[str, int]:
+    """How many pairs have no 3D points for an error with their database image, by error without its particulars."""
+    found = pc.list_flatten(table["faults"]).to_pylist()
+    return dict(Counter(fault.split(": ")[1] for fault in found).most_common())
 
 
 def metrics(table: pa.Table) -> dict[str, object]:

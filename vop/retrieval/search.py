@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from vop import pairs
 from vop.catalog import evenly_spread
+from vop.foreign_hloc import GlobalDescriptors
 from vop.image import patch_mask
 from vop.parts import fingerprint
 from vop.quantised import widen
@@ -70,12 +71,16 @@ def shared_scenes(queries: Selection, database: Selection) -> tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class Search:
-    """Queries against a database, and how. Rows of the database are its positions, by name."""
+    """Queries against a database, and how. Rows of the database are its positions, by name.
+
+    globals: descriptors that make the shortlist in the place of the store's; None: the store's.
+    """
 
     queries: Selection
     database: Selection
     retrieval: RetrievalConfig
     radius: float
+    globals: GlobalDescriptors | None = None
 
     def fingerprint(self) -> str:
         """Equal for searches that give equal parts: the same descriptors, sets and settings."""
@@ -92,7 +97,9 @@ class Search:
             del settings[name]
         if self.exact:
             del settings["shards"]
-        return fingerprint(version("vop"), self.database.store.manifest["features"], settings, self.radius)
+        del settings["global_descriptors"]  # their place is not what they are
+        given = [] if self.globals is None else [self.globals.identity]
+        return fingerprint(version("vop"), self.database.store.manifest["features"], settings, self.radius, *given)
 
     @property
     def exact(self) -> bool:
@@ -179,7 +186,7 @@ class Search:
         for number in numbers:
             positions = self._positions(number)
             part = self.queries.take(positions)
-            globals_, patches = part.read()
+            globals_, patches = self._globals(part, part.read())
             yield QueryBatch(
                 number,
                 globals_.astype(np.float32),
@@ -210,7 +217,7 @@ class Search:
         faiss.omp_set_num_threads(1)  # shards run side by side
         part = self.database.take(rows)
         asked = self.retrieval
-        globals_, stored = part.read() if asked.cache is None else part.read_mapped(asked.cache)
+        globals_, stored = self._globals(part, part.read() if asked.cache is None else part.read_mapped(asked.cache))
         image = masks(part) if asked.mask_padding else None
         if asked.patch_index is not None:
             return PatchIndex(stored, rows, image, asked.patch_index, asked.patch_probe, asked.patch_margin)
@@ -222,12 +229,18 @@ class Search:
         factory = None if asked.index == "Flat" else asked.index
         return ShardIndex(stored, globals_, rows, image, scenes, factory, fresh)
 
+    def _globals(self, part: Selection, read: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Global descriptors (n, G) for the shortlist and patches of images, of what the store has of them."""
+        return read if self.globals is None else (self.globals.read(part.names), read[1])
+
     def memory_bytes(self, rows: int) -> int:
         """Main memory that a shard of so many rows needs; of memory-mapped patches the pages that a batch touches."""
         manifest, asked = self.database.store.manifest, self.retrieval
         P, E, dtype = manifest["patches"], manifest["width"], manifest["dtype"]
         held = rows if asked.cache is None else min(rows, asked.query_batch * (asked.shortlist or rows))
-        needed = PROCESS + memory_bytes(rows, held, P, E, dtype, manifest["global_width"], asked.query_batch)
+        G = manifest["global_width"] if self.globals is None else self.globals.width
+        needed = PROCESS + memory_bytes(rows, held, P, E, dtype, G, asked.query_batch)
+        needed += 0 if self.globals is None else rows * G * np.dtype(np.float32).itemsize  # are read as float32
         return needed if asked.patch_index is None else needed + patches.memory_bytes(rows, P, E, asked.patch_index)
 
     def rank(self, batch: QueryBatch, shortlist: Shortlist | None, queries: np.ndarray, votes: PairVotes) -> pa.Table:

@@ -10,7 +10,7 @@ from vop.schema.bounds import ConfigError, positive, require
 from vop.schema.images import DatasetConfig, EmbeddingConfig
 from vop.schema.localization import LocalizeConfig, ReconstructConfig
 from vop.schema.planning import PlanConfig
-from vop.schema.poses import ExportConfig, MatchingConfig, PoseConfig
+from vop.schema.poses import ExportConfig, HlocConfig, MatchingConfig, PoseConfig
 from vop.schema.search import ILLUSTRATED, PairsConfig, ReportConfig, RetrievalConfig
 from vop.schema.training import TrainConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "DemoConfig",
     "EmbeddingConfig",
     "ExportConfig",
+    "HlocConfig",
     "LocalizeConfig",
     "MatchingConfig",
     "PairsConfig",
@@ -124,6 +125,7 @@ class Config:
     localize: LocalizeConfig = field(default_factory=LocalizeConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    hloc: HlocConfig = field(default_factory=HlocConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -14,6 +14,8 @@ class LocalizeConfig:
     intrinsics: str | None = None
     """Cameras of the queries in hloc's lists (`name MODEL WIDTH HEIGHT PARAMETERS...`): a file, a folder of .txt files
     or a glob pattern; null: those of `cameras` or of the benchmark, else EXIF, else `localize.focal`."""
+    exif: bool = True
+    """Take the focal length from EXIF where no camera of the query is known; false: `localize.focal` instead."""
     focal: float | None = 1.2
     """Focal length of a query of which nothing is known, in long sides of the image; null: it is not localized."""
     refine_focal: bool = False
@@ -60,11 +62,15 @@ class ReconstructConfig:
     """incremental or global, the mappers of COLMAP."""
     min_inliers: int = 15
     """Pairs that fewer matches agree with, under one two-view geometry, take no part."""
+    consistent: bool = True
+    """Leave pairs aside that contradict the others, as look-alikes do."""
     min_model_size: int = 3
     """Models of fewer images are not kept."""
+    threads: int = 1
+    """Threads of one mapper; with more than one the last digits of large models differ from run to run."""
     seed: int = 0
     """Seed of the hypotheses of two-view geometries and of the mapper."""
 
     def __post_init__(self):
         require("reconstruct.mapper", self.mapper, self.mapper in ("incremental", "global"), "incremental or global")
-        positive("reconstruct", self, "min_inliers", "min_model_size")
+        positive("reconstruct", self, "min_inliers", "min_model_size", "threads")

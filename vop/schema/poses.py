@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from vop.schema.bounds import positive, require
 
+IMPORTED = "imported"  # a method that computes nothing: stores hold what was imported
+
 
 @dataclass(frozen=True)
 class MatchingConfig:
@@ -11,7 +13,8 @@ class MatchingConfig:
 
     method: str = "xfeat+lighterglue"
     """xfeat+lighterglue, aliked+lightglue, disk+lightglue, superpoint+lightglue (weights for non-commercial use only),
-    sift+nn, or hloc:FEATURES+MATCHER, by the names of hloc's configurations."""
+    sift+nn, hloc:FEATURES+MATCHER, by the names of hloc's configurations, or imported: what import-hloc put into the
+    stores `features` and `matches`."""
     max_keypoints: int = 2048
     """Keypoints kept per image, the best by score."""
     resize: int | None = 1024
@@ -79,3 +82,13 @@ class ExportConfig:
     colmap: str | None = None
     """File for a COLMAP database with cameras (those of the run, or of `cameras`; guessed as COLMAP does where none are
     known), keypoints, matches and verified two-view geometries; null: none."""
+
+
+@dataclass(frozen=True)
+class HlocConfig:
+    """What `vop import-hloc` reads, for the images of a collection."""
+
+    features: str | None = None
+    """HDF5 file with hloc's local features, or a glob pattern of several; the first one that has an image counts."""
+    matches: str | None = None
+    """HDF5 file with hloc's matches of them, or a glob pattern of several; the first one that has a pair counts."""

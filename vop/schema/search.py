@@ -24,6 +24,9 @@ class RetrievalConfig:
     """Leave out patches that lie in the letterbox padding (they vote in the original)."""
     within_scene: bool = False
     """Pair images only with images of the same scene (first folder of the name)."""
+    global_descriptors: str | None = None
+    """HDF5 file of hloc with the global descriptors that make the shortlist, such as NetVLAD's, or a glob pattern of
+    several; every shard reads its own images there. null: those of the backbone."""
     index: str = "Flat"
     """FAISS index_factory string of the shortlist; Flat is exact. Others depend on `shards`, which they need."""
     patch_index: str | None = None
@@ -58,6 +61,9 @@ class RetrievalConfig:
                      f"a number with retrieval.{name}={factory}: what shards are trained on decides")  # fmt: skip
         require("retrieval.patch_index", self.patch_index, self.patch_index is None or self.shortlist is None,
                  "null unless retrieval.shortlist=null: only that search looks at all patches")  # fmt: skip
+        require("retrieval.global_descriptors", self.global_descriptors,
+                 self.global_descriptors is None or self.shortlist is not None,
+                 "null with retrieval.shortlist=null: they make nothing but the shortlist")  # fmt: skip
         require("retrieval.patch_probe", self.patch_probe, self.patch_probe is None or self.patch_index is not None,
                  "null without a retrieval.patch_index")  # fmt: skip
         require("retrieval.patch_margin", self.patch_margin, self.patch_margin >= 0, "0 or positive")

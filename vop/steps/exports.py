@@ -27,8 +27,9 @@ class MatchedRun:
     """A finished `vop match` or `vop relative-pose`.
 
     listed: query and database of its pair list, as far as they were matched. pairs: image0 and image1 of these, each
-    pair once, with `shard` and `row` in the store of matches. images: name, shard, row (in the store of features),
-    width and height of the images in them, by shard and row. left_out: how many pairs have no matches to export.
+    pair once, with `shard` and `row` in the store of matches and `flipped`, whether image1 is the query. images: name,
+    shard, row (in the store of features), width and height of the images in them, by shard and row. left_out: how many
+    pairs have no matches to export.
     """
 
     config: Config
@@ -59,7 +60,7 @@ class MatchedRun:
         given = {key: value for key in ("features", "matches", "cameras") if (value := getattr(config, key))}
         recorded = replace(recorded, output=config.output, **given)
         features, matches = FeatureStore.open(recorded.features_path), MatchStore.open(recorded.matches_path)
-        _check_stores(features, matches)
+        matches.check_made_of(features)
         listed = _listed(recorded, record)
         return cls(recorded, record, features, matches, *_matched(features, matches, listed))
 
@@ -96,21 +97,12 @@ class MatchedRun:
             yield int(number), here["name"].to_pylist(), here["row"].to_numpy()
 
     def match_parts(self) -> Iterator[pa.Table]:
-        """The matches of the pairs (image0, image1, matches, scores), one shard at a time."""
-        shards, rows = self.pairs["shard"].to_numpy(), self.pairs["row"].to_numpy()
+        """The matches of the pairs (image0, image1, matches, scores, flipped), one shard at a time."""
+        shards = self.pairs["shard"].to_numpy()
         for number in np.unique(shards):
+            here = self.pairs.filter(pa.array(shards == number)).sort_by("row")
             table = self.matches.read_shard(int(number), ["image0", "image1", "matches", "scores"])
-            yield table.take(pa.array(np.sort(rows[shards == number])))
-
-
-def _check_stores(features: FeatureStore, matches: MatchStore) -> None:
-    """Raise `StoreError` if the matches are not of these features."""
-    receipt = features.receipts().get(0, {})
-    if matches.manifest["features"].get("first_shard_of_features") != receipt.get("sha256"):
-        raise StoreError(
-            f"the matches at {matches.path} are not of the features at {features.path}, which were computed anew or "
-            "are another run's: run `vop match` again with a new matches=..."
-        )
+            yield table.take(here["row"].combine_chunks()).append_column("flipped", here["flipped"])
 
 
 def _listed(recorded: Config, record: Run) -> pa.Table:
@@ -135,6 +127,8 @@ def _matched(features: FeatureStore, matches: MatchStore, listed: pa.Table) -> t
         )
     )
     wanted = located(live, usable["image0"].combine_chunks(), usable["image1"].combine_chunks())
+    if matches.is_imported:
+        wanted = wanted.filter(pa.array(matches.holds(wanted)))
     shards, rows = matches.locate(wanted)
     receipts = matches.receipts()
     unfinished = set(shards.tolist()) - receipts.keys()
@@ -146,10 +140,12 @@ def _matched(features: FeatureStore, matches: MatchStore, listed: pa.Table) -> t
     found = found.append_column("shard", pa.array(shards)).append_column("row", pa.array(rows)).filter(pa.array(whole))
     if not found.num_rows:
         raise StoreError(f"none of {asked.num_rows} pairs was matched: run.json says why")
+    listed = _of(listed, found)
+    found = found.append_column("flipped", _flipped(listed, found))
     names = pa.concat_arrays([found[side].combine_chunks() for side in ("image0", "image1")]).unique()
     images = live.filter(pc.is_in(live["name"], names)).select(["name", "shard", "row", "width", "height"])
     images = images.sort_by([("shard", "ascending"), ("row", "ascending")])
-    return _of(listed, found), found, images, asked.num_rows - found.num_rows
+    return listed, found, images, asked.num_rows - found.num_rows
 
 
 def _of(listed: pa.Table, found: pa.Table) -> pa.Table:
@@ -159,6 +155,16 @@ def _of(listed: pa.Table, found: pa.Table) -> pa.Table:
     keyed = keyed.append_column("position", pa.array(np.arange(listed.num_rows)))
     kept = keyed.join(found.select(["image0", "image1"]), ["image0", "image1"], join_type="left semi")
     return listed.take(kept["position"].combine_chunks().sort()).select(["query", "database"])
+
+
+def _flipped(listed: pa.Table, found: pa.Table) -> pa.Array:
+    """Whether pairs (image0, image1) are listed the other way round only, (n,) bool."""
+    pair = ["image0", "image1"]
+    straight = listed.rename_columns(pair).group_by(pair, use_threads=False).aggregate([])
+    straight = straight.append_column("listed", pa.array(np.ones(straight.num_rows, bool)))
+    numbered = found.select(pair).append_column("position", pa.array(np.arange(found.num_rows)))
+    joined = numbered.join(straight, pair, join_type="left outer").sort_by("position")
+    return pc.is_null(joined["listed"]).combine_chunks()
 
 
 def check(config: Config) -> None:

@@ -48,8 +48,7 @@ def opened(config: Config, job: Run) -> Benchmark:
     benchmark = open_benchmark(config)
     cameras = benchmark.cameras or Cameras.of([])
     cameras.check()
-    if benchmark.lift is None:
-        benchmark = _posed(job, benchmark, cameras)
+    benchmark = _posed(job, benchmark, cameras) if benchmark.lift is None else _lifted(job, benchmark)
     sets = benchmark.sets
     results.check_written(sets.queries, _rule(config, benchmark))
     lists = (
@@ -73,6 +72,25 @@ def _posed(job: Run, benchmark: Benchmark, cameras: Cameras) -> Benchmark:
             "docs/datasets.md" + (f". {benchmark.withheld}" if benchmark.withheld else "")
         )
     job.counts["database_without_pose"] = len(benchmark.sets.database) - len(database)
+    return _of(benchmark, database)
+
+
+def _lifted(job: Run, benchmark: Benchmark) -> Benchmark:
+    """Without the database images that the benchmark brings no geometry of."""
+    database = benchmark.sets.database
+    lacking = benchmark.lift.lacking(database)
+    if len(lacking) == len(database):
+        name, reason = next(iter(lacking.items()), ("the database", "no images"))
+        raise ConfigError(
+            f"none of {len(database)} database images has the geometry that localize needs: {name}: {reason}; "
+            "docs/datasets.md says what the benchmark consists of, and where to get it"
+        )
+    job.counts["database_without_geometry"] = len(lacking)
+    return _of(benchmark, tuple(name for name in database if name not in lacking))
+
+
+def _of(benchmark: Benchmark, database: tuple[str, ...]) -> Benchmark:
+    """The benchmark with these of its database images."""
     kept = {*database, *benchmark.sets.queries}
     images = tuple(image for image in benchmark.sets.images if image.name in kept)
     return dataclasses.replace(benchmark, sets=dataclasses.replace(benchmark.sets, images=images, database=database))
@@ -113,6 +131,7 @@ def localized(
         job.counts |= results.write_poses(job.path(POSES), table, _rule(config, benchmark))
         parts.remove(but_these=True)
     job.counts |= {"localized_now": now, "queries_without_pose": results.failures(table)}
+    job.counts["pairs_without_points"] = results.faults(table)
     job.metrics |= results.metrics(table)
     return table
 

@@ -15,7 +15,9 @@ from vop.features import FeatureStore
 from vop.matches import MatchStore, fine, located
 from vop.pose_estimation import ITSELF, QUARANTINED, UNKNOWN
 from vop.run import Run
+from vop.schema.poses import IMPORTED
 from vop.stages.match import extract_shards, match_shards, width
+from vop.steps import imported
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def matched(config: Config, job: Run, sets: ImageSets, listed: pa.Table) -> Matc
             f"{example['image1']!r}: {example['reason']}. Names count from the root of the images, {sets.root}, which "
             f"holds for instance {sets.names[0]!r}"
         )
+    if config.matching.method == IMPORTED:
+        found = imported.opened(config, job, usable)
+        unmatched = pa.concat_tables([asked.filter(asked["reason"].is_valid()), found.unmatched])
+        job.counts |= {"root": sets.root, "pairs_unmatched": dict(sorted(_counted(unmatched["reason"]).items()))}
+        return Matched(found.features, found.matches, found.pairs, unmatched)
     with job.writing(config.features_path):
         features = _extracted(config, job, sets, {*usable["image0"].to_pylist(), *usable["image1"].to_pylist()})
     images = features.live()
@@ -82,6 +89,7 @@ def _extracted(config: Config, job: Run, sets: ImageSets, names: Collection[str]
     with job.step("load matcher"):
         if FeatureStore.exists(config.features_path):
             store = FeatureStore.open(config.features_path)
+            imported.check_computed(config, store)
             store.check_features(identity)
         else:
             store = FeatureStore.create(config.features_path, identity, width(config))
@@ -110,6 +118,7 @@ def _matches(config: Config, job: Run, features: FeatureStore, wanted: pa.Table)
     identity["first_shard_of_features"] = features.receipts()[0]["sha256"]
     if MatchStore.exists(config.matches_path):
         store = MatchStore.open(config.matches_path)
+        imported.check_computed(config, store)
         store.check_features(identity)
     else:
         store = MatchStore.create(config.matches_path, identity)

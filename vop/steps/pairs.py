@@ -9,6 +9,7 @@ from vop.datasets.layout import Benchmark
 from vop.datasets.posed import OverlapTruth
 from vop.datasets.positions import read_positions
 from vop.evaluation import evaluate
+from vop.foreign_hloc import GlobalDescriptors, HlocFiles
 from vop.parts import Parts
 from vop.retrieval import graph
 from vop.retrieval.reuse import KEPT_IN, RECORD
@@ -18,11 +19,15 @@ from vop.stages.search import search_shards
 from vop.steps import embeddings
 from vop.store import Selection
 
+GLOBALS = "retrieval.global_descriptors"
+
 
 def check(config: Config) -> None:
     """Raise `ConfigError` for settings that no search can be made with."""
     if not config.embedding.patches:
         raise ConfigError("images are searched by their patches, which embedding.patches=false leaves out")
+    if config.retrieval.global_descriptors is not None:
+        HlocFiles.find(GLOBALS, config.retrieval.global_descriptors)  # before images are embedded
 
 
 def paired(config: Config, job: Run, queries: Selection, database: Selection) -> None:
@@ -31,7 +36,7 @@ def paired(config: Config, job: Run, queries: Selection, database: Selection) ->
     near = _near(config, job, database)  # before the search, so that positions that are missing are missed in time
     with job.step("radius"):
         radius = choose_radius(database, config.retrieval)
-    search = Search(queries, database, config.retrieval, radius)
+    search = Search(queries, database, config.retrieval, radius, _globals(config, job, queries, database))
     fingerprint = search.fingerprint()
     parts, kept = Parts(config.output, fingerprint), Parts(config.output, fingerprint, KEPT_IN)
     missing = [] if pairs.written(config.output) == fingerprint else parts.missing(search.n_batches)
@@ -48,6 +53,15 @@ def paired(config: Config, job: Run, queries: Selection, database: Selection) ->
         job.counts |= pairs.finish(config.output, {*queries.names, *database.names}, listed)
     job.counts |= {"queries": len(queries), "database": len(database), "radius": radius}
     job.counts["searched_now"] = len(queries) - search.queries_without(missing)
+
+
+def _globals(config: Config, job: Run, queries: Selection, database: Selection) -> GlobalDescriptors | None:
+    """The descriptors that make the shortlist, if others than those of the backbone are asked for."""
+    if config.retrieval.global_descriptors is None:
+        return None
+    with job.step("global descriptors"):
+        names = sorted({*queries.names, *database.names})
+        return GlobalDescriptors.open(GLOBALS, config.retrieval.global_descriptors, names)
 
 
 def _searched(config: Config, job: Run, search: Search, parts: Parts, kept: Parts) -> None:
@@ -114,6 +128,7 @@ def listed(config: Config, job: Run, benchmark: Benchmark) -> pa.Table:
     if benchmark.pairs is not None:
         query, database = zip(*benchmark.pairs, strict=True)
         return pairs.ranked(pa.table({"query": query, "database": database}))
+    check(config)
     sets = benchmark.sets
     store = embeddings.embedded(config, job, sets)
     queries = database = store.select(sets.queries)

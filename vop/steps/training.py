@@ -159,7 +159,8 @@ def trained(config: Config, job: Run, place: Place) -> str:
     encoder = new_encoder(config, place.store)
     encoder.load_state_dict(load(files.read_bytes(files.join(config.output, "best.safetensors"))))
     history = read_parquet(job.path(HISTORY)).to_pylist()
-    best = next((row for row in reversed(history) if row["step"] == progressed.best_step and row["precision"]), {})
+    validated = [row for row in history if row["step"] == progressed.best_step and row["precision"] is not None]
+    best = validated[-1] if validated else {}
     scores = {name: best[name] for name in SCORES if best.get(name) is not None}
     folder = job.path("encoder")
     with job.step("radius"):
