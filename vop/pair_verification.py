@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("E", MATRIX),  # row-major; null: of another kind
         ("F", MATRIX),
         ("H", MATRIX),
-        ("cam1_from_cam0", MATRIX),  # the upper three rows, row-major; |t| = 1 or 0; null: not found
+        ("cam1_from_cam0", MATRIX),  # the upper three rows, row-major; |t| = 1 or 0
         ("angle", pa.float64()),  # median angle between the rays of a match, radians
         ("inliers", pa.list_(pa.list_(pa.int32(), 2))),  # rows of the keypoints of image 0 and of image 1
     ]
@@ -139,7 +139,7 @@ class _Verifier:
         found = self.pycolmap.estimate_two_view_geometry(
             cameras[0], points[0], cameras[1], points[1], matches.astype(np.uint32), options
         )
-        if found.config in self.unusable:
+        if found.config in self.unusable or found.cam2_from_cam1 is None:
             watermark = found.config == self.pycolmap.TwoViewGeometryConfiguration.WATERMARK
             return row | {"reason": WATERMARK if watermark else NONE}
         return row | _written(found)

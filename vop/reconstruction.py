@@ -99,8 +99,9 @@ class DatabaseWriter:
         """Why pairs take no part: verified they were not, or the other pairs contradict them."""
         reasons = np.array(pairs["reason"].to_pylist(), object)
         good = np.flatnonzero(pairs["reason"].is_null().to_numpy())
-        graph = view_graph.of(pairs.take(good), images["name"].to_pylist(), self._keypoints(images))
-        reasons[good] = view_graph.distrusted(graph, self.config)
+        if self.config.consistent and len(good):
+            graph = view_graph.of(pairs.take(good), images, self._keypoints(images))
+            reasons[good] = view_graph.distrusted(graph, self.config.strength)
         return pa.array(reasons.tolist(), pa.string())
 
     def _keypoints(self, images: pa.Table) -> dict[str, np.ndarray]:

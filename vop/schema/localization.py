@@ -64,6 +64,9 @@ class ReconstructConfig:
     """Pairs that fewer matches agree with, under one two-view geometry, take no part."""
     consistent: bool = True
     """Leave pairs aside that contradict the others, as look-alikes do."""
+    strength: float = 0.25
+    """Inliers that a pair must have which no loop of other pairs confirms: this share of those that the less well
+    connected of its two images has with its best partner."""
     min_model_size: int = 3
     """Models of fewer images are not kept."""
     threads: int = 1
@@ -73,4 +76,5 @@ class ReconstructConfig:
 
     def __post_init__(self):
         require("reconstruct.mapper", self.mapper, self.mapper in ("incremental", "global"), "incremental or global")
+        require("reconstruct.strength", self.strength, 0 <= self.strength <= 1, "from 0 to 1")
         positive("reconstruct", self, "min_inliers", "min_model_size", "threads")

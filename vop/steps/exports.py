@@ -24,7 +24,7 @@ from vop.steps.poses import CAMERAS
 
 @dataclass(frozen=True, eq=False)
 class MatchedRun:
-    """A finished `vop match` or `vop relative-pose`.
+    """A finished `vop match`, `vop relative-pose` or `vop localize`.
 
     listed: query and database of its pair list, as far as they were matched. pairs: image0 and image1 of these, each
     pair once, with `shard` and `row` in the store of matches and `flipped`, whether image1 is the query. images: name,
