@@ -99,6 +99,7 @@ def test_colours_tell_errors_by_their_logarithm_and_inliers_from_0():
     assert 0.01 <= scale.vmin < 0.02
     assert scale.vmax == pytest.approx(5, rel=0.1)
     assert scale_of([example((12, 80), measured=INLIERS)]).vmin == 0
+    assert scale_of([example((0.001, 0.002))]).vmax > 0.1  # of a room of 12: no error to be alarmed by
     for errors in ((), (np.nan,), (0.0,), (0.0, 0.0), (0.3,)):
         scale = scale_of([example(errors)])
         assert scale.vmin < scale.vmax

@@ -26,6 +26,7 @@ GREY = "#8b94a3"  # of the map: as faint on white as on black
 COLORS = ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.04, 0.84, 64)))  # blue to orange: seen on both
 WIDTH, BESIDE, BELOW, ABOVE = 8.2, 1.3, 1.0, 0.3  # inches: the axes, bar, legend, title
 HIGHEST = 0.8  # height of the axes at most, of WIDTH
+LARGE = 0.01  # an error that is shown as a large one whatever the others are: share of the picture
 CONE, DOT = 0.45, 0.22  # opacity of a cone; radius of the dot where a camera stands, in lengths of the cone
 
 
@@ -54,15 +55,18 @@ def above_file(views: Sequence[Above], suffix: str) -> bytes:
 
 
 def scale_of(views: Sequence[Above]) -> Normalize:
-    """From values to colours, one for several views: errors by their logarithm, inliers from 0."""
+    """From values to colours, one for several views: errors by their logarithm, inliers from 0.
+
+    Errors reach the last colour at `LARGE` of the widest picture or beyond, so that small ones do not look like large.
+    """
     values = np.concatenate([view.known for view in views])
     if not len(values):
         return Normalize(0, 1)
     low, high = np.percentile(values, [2, 98])
     if views[0].measured != ERROR:
         return Normalize(0, max(high, 1))
-    high = max(high, 1e-9)
-    return LogNorm(min(max(low, high / 1e4), high / 4), high)
+    high = max(high, LARGE * max(Frame.of(view).size.max() for view in views))
+    return LogNorm(min(max(low, high / 1e4), high / 10), high)
 
 
 def share(view: Above) -> float:
@@ -86,7 +90,9 @@ def _draw(figure: FigureBase, frame: Frame, view: Above, scale: Normalize, accen
     handles += _queries(axes, frame, view, max(1.25 * length, 0.022 * widest), scale)
     if len(view.points):
         some = frame.flat(view.points[evenly_spread(len(view.points), POINTS)])
-        axes.scatter(*some.T, s=1.2, color=GREY, alpha=0.3, linewidths=0, zorder=0, rasterized=True)
+        axes.scatter(
+            *some.T, s=np.clip(4000 / len(some), 1.2, 4), color=GREY, alpha=0.3, linewidths=0, zorder=0, rasterized=True
+        )
     if len(view.known):
         _bar(figure, axes, view, scale)
     axes.set_xlim(0, frame.size[0])
