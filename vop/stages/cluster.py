@@ -29,6 +29,9 @@ for name in ("exceptions", "_internal.execution.streaming_executor_state"):
     logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
+ATTEMPTS, TOO_SLOW = 3, "timed out during startup"  # Ray gives its own processes 30 s, whatever else the machine does
+
+
 @contextmanager
 def connect(cluster: ClusterConfig, job: Run | None = None) -> Iterator[None]:
     """Run a job's stages on Ray: on this machine (address null) or on a cluster, whose metrics follow its progress.
@@ -60,14 +63,18 @@ def _start(cluster: ClusterConfig) -> None:
             "include_dashboard": False,
         }
     told_to_end = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except Exception as error:  # Ray raises bare exceptions here
-        where = "on this machine" if cluster.address is None else f"at {cluster.address}"
-        raise ConnectionError(
-            f"Ray did not start {where}: {error}. A very busy machine or too little shared memory (see "
-            "cluster.object_store_gb), or no cluster at that address"
-        ) from error
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            ray.init(**options)
+            break
+        except Exception as error:  # Ray raises bare exceptions here
+            if attempts_left and TOO_SLOW in str(error):
+                continue
+            where = "on this machine" if cluster.address is None else f"at {cluster.address}"
+            raise ConnectionError(
+                f"Ray did not start {where}: {error}. A very busy machine or too little shared memory (see "
+                "cluster.object_store_gb), or no cluster at that address"
+            ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, told_to_end)  # Ray's own handler would exit with code 15
 
