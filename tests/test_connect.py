@@ -14,7 +14,7 @@ def starts(monkeypatch):
     def init(**options):
         asked.append(options)
         if answer := answers.pop(0):
-            raise Exception(answer)  # noqa: TRY002  as Ray does it
+            raise Exception(answer)
 
     monkeypatch.setattr(cluster.ray, "init", init)
     return answers, asked
@@ -30,7 +30,7 @@ def test_a_ray_that_a_busy_machine_keeps_from_starting_is_tried_again(starts):
 def test_it_is_given_up_in_the_end(starts):
     answers, asked = starts
     answers += ["The current node timed out during startup."] * 9
-    with pytest.raises(ConnectionError, match="did not start on this machine: .*timed out"):
+    with pytest.raises(ConnectionError, match=r"did not start on this machine: .*timed out"):
         cluster._start(ClusterConfig())
     assert len(asked) == cluster.ATTEMPTS
 
