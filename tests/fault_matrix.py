@@ -369,13 +369,19 @@ def faketime(tmp_path) -> str:
 def test_a_clock_that_is_set_back(command, faketime, scene, page, tmp_path):
     """Of every process of the job, Ray's own too: by two days, in the middle of it and of the next run."""
     clock = tmp_path / "clock"
-    clock.write_text("+1d")
+
+    def set_to(offset: str) -> None:  # at once: every process reads it whenever it asks for the time
+        whole = tmp_path / "clock.new"
+        whole.write_text(offset)
+        whole.replace(clock)
+
+    set_to("+1d")
     faked = {"LD_PRELOAD": faketime, "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
              "FAKETIME_DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
     struck = scene(command)
     job = struck.start(**faked)
     before = struck.wait_for(job, 3)
-    clock.write_text("-1d")
+    set_to("-1d")
     assert job.wait() == 0, job.log
     times = [path.stat().st_mtime for path in before if path.exists()]  # parts are cleared away at the end
     assert struck.start(**faked).wait() == 0  # nothing to do: what was finished in the future is finished
