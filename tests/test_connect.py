@@ -41,3 +41,13 @@ def test_another_error_is_told_at_once(starts):
     with pytest.raises(ConnectionError, match="did not start at ray://host:1: no such host"):
         cluster._start(ClusterConfig(address="ray://host:1"))
     assert len(asked) == 1
+
+
+def test_the_largest_living_node_says_how_many_cpus_a_task_may_ask_for(monkeypatch):
+    nodes = [(4, True), (8, True), (16, False)]
+    monkeypatch.setattr(
+        cluster.ray, "nodes", lambda: [{"Alive": alive, "Resources": {"CPU": cpus}} for cpus, alive in nodes]
+    )
+    assert cluster.cpus_of_a_node() == 8
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1.0}}])
+    assert cluster.cpus_of_a_node() == 0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vop import config, pipeline
+from vop.stages import reconstruct
 
 pytest.importorskip("pycolmap", reason="pycolmap, of the extra `localize`, is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -82,3 +84,24 @@ def test_a_finished_reconstruction_is_not_computed_again_and_a_killed_one_is_fin
     shutil.rmtree(Path(told.output, "models/1"))
     assert "map" in pipeline.reconstruct(told).timings
     assert everything(told.output) == before
+
+
+def test_a_mapping_that_no_node_can_run_is_an_error(told, monkeypatch):
+    """Nodes with CPUs enough were there when it began, and are lost."""
+    seen = iter([64])
+    monkeypatch.setattr(reconstruct.cluster, "cpus_of_a_node", lambda: next(seen, 4))
+    monkeypatch.setattr(reconstruct, "CHECKED_S", 0.1)
+    asked = replace(
+        told, reconstruct=replace(told.reconstruct, threads=64), cluster=replace(told.cluster, no_progress_timeout_s=1)
+    )
+    with pytest.raises(ConnectionError, match="no node of the cluster had the 64 CPUs that a mapper needs"):
+        list(reconstruct.map_groups(asked, mapped, {0: ["a.jpg", "b.jpg"]}))
+
+
+def test_a_mapper_takes_no_more_threads_than_a_node_has_cpus(told):
+    asked = replace(told, reconstruct=replace(told.reconstruct, threads=64))
+    assert [*reconstruct.map_groups(asked, mapped, {0: ["a.jpg"], 1: ["b.jpg", "c.jpg"]})] == [2, 1]
+
+
+def mapped(number, names):
+    return len(names)

@@ -84,6 +84,11 @@ def cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def cpus_of_a_node() -> int:
+    """Logical CPUs of the largest living node, 0 without one: a task that asks for more waits for ever."""
+    return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+
+
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

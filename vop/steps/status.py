@@ -19,6 +19,7 @@ from vop.store import EmbeddingStore
 
 REASONS = 3  # shown of a stage
 RECENT = 50  # receipts that the present rate is taken from
+TOLD = ("map triangulate", "poses", "verify", "map", "labels", "train")  # by the run itself, every half minute
 DIED = "died"  # what run.json cannot say of itself
 
 
@@ -117,7 +118,7 @@ def _stages(told: Config, steps: Mapping[str, dict], since: datetime | None) -> 
             yield _of_parts(steps[name], folder, kind, size, since)
     if MatchStore.exists(told.matches_path):
         yield _of_pairs(MatchStore.open(told.matches_path), since)
-    for name in ("map triangulate", "poses", "labels", "train"):  # told by the run itself, every half minute
+    for name in TOLD:
         if name in steps:
             left = steps[name]["left_s"] if since else None
             yield Stage(name, steps[name]["unit"], steps[name]["done"], steps[name]["total"], left_s=left)
