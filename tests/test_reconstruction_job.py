@@ -95,13 +95,11 @@ def test_a_mapping_that_no_node_can_run_is_an_error(told, monkeypatch):
         told, reconstruct=replace(told.reconstruct, threads=64), cluster=replace(told.cluster, no_progress_timeout_s=1)
     )
     with pytest.raises(ConnectionError, match="no node of the cluster had the 64 CPUs that a mapper needs"):
-        list(reconstruct.map_groups(asked, mapped, {0: ["a.jpg", "b.jpg"]}))
+        list(reconstruct.map_groups(asked, lambda number, names: len(names), {0: ["a.jpg", "b.jpg"]}))
 
 
 def test_a_mapper_takes_no_more_threads_than_a_node_has_cpus(told):
     asked = replace(told, reconstruct=replace(told.reconstruct, threads=64))
-    assert [*reconstruct.map_groups(asked, mapped, {0: ["a.jpg"], 1: ["b.jpg", "c.jpg"]})] == [2, 1]
-
-
-def mapped(number, names):
-    return len(names)
+    assert [
+        *reconstruct.map_groups(asked, lambda number, names: len(names), {0: ["a.jpg"], 1: ["b.jpg", "c.jpg"]})
+    ] == [2, 1]
