@@ -11,10 +11,12 @@ tells which images belong together. Intrinsics are given, poses are not: they on
     exhaustive  every pair
 
 Each list is matched into a store of its own, from one store of features, and `vop reconstruct` makes its models with
-each mapper. A model is aligned to the true cameras of the scene that most of its images are of, by a similarity; the
-error of a camera is its distance from its true place as a share of the scene: of the largest distance between two of
-its true cameras. `--all-verified` makes the models once more from all verified pairs, without asking whether they
-contradict each other (`reconstruct.consistent=false`): what the choice among them is worth.
+each mapper. Of every scene, the images in the model that holds most of them are aligned to their true cameras by a
+similarity; the error of a camera is its distance from its true place as a share of the scene: of the largest distance
+between two of its true cameras. Where two scenes share a model, `scale` in the JSON (true units per unit of the model)
+tells whether they hang together rightly: it is then the same of both.
+`--all-verified` makes the models once more from all verified pairs, without asking whether they contradict each other
+(`reconstruct.consistent=false`): what the choice among them is worth.
 
 A run that is repeated measures nothing again that is in `--work`; times are those of the run that did the work.
 Printed is a Markdown table; the last line is one JSON object.
@@ -29,10 +31,13 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from embed import CORES
 
 from vop import files
+from vop.cameras import Cameras
 from vop.datasets.folder import list_images
+from vop.pose.alignment import judge, similarity
 from vop.store import EmbeddingStore
 
 LISTS = ("voting", "global", "exhaustive")
@@ -82,7 +87,8 @@ def main():
                 settings = [*shared, f"pair_list={lists[name]}", f"matches={work / method / f'matches-{name}'}",
                             f"output={output}", f"reconstruct.mapper={mapper}",
                             f"reconstruct.consistent={str(trust).lower()}"]  # fmt: skip
-                results.append(measured(run("reconstruct", settings), name, mapper, trust, scenes, work / method))
+                record = run("reconstruct", settings)
+                results.append(measured(record, output, name, mapper, trust, scenes, work / method))
     report(results, scenes)
     print(
         json.dumps(
@@ -124,7 +130,9 @@ def nearest(store: Path, names: list[str], k: int):
     return ((names[query], names[row]) for query, rows in enumerate(order) for row in rows)
 
 
-def measured(record: dict, name: str, mapper: str, trust: bool, scenes: dict[str, int], folder: Path) -> dict:
+def measured(
+    record: dict, output: Path, name: str, mapper: str, trust: bool, scenes: dict[str, int], folder: Path
+) -> dict:
     """A row of the table. The matching of a list is timed where it was done: by the first run that used it."""
     kept = folder / f"matching-{name}.json"
     if record["counts"]["matched_now"]:
@@ -132,9 +140,6 @@ def measured(record: dict, name: str, mapper: str, trust: bool, scenes: dict[str
     seconds = {step: record["timings_s"].get(step, 0.0) for step in STEPS}
     seconds["matching"] = files.read_json(kept)["seconds"] if kept.exists() else None
     models = record["counts"]["models"]
-    best = {}
-    for model in models:  # the largest first
-        best.setdefault(model["world"], model)
     return {
         "list": name,
         "mapper": mapper,
@@ -145,16 +150,35 @@ def measured(record: dict, name: str, mapper: str, trust: bool, scenes: dict[str
         "seconds": seconds,
         "models": [model["images"] for model in models],
         "mixed": sum(model["foreign"] > 0 for model in models),
-        "scenes": {
-            scene: None if scene not in best else {
-                "images": best[scene]["images_of_world"],
-                "of": total,
-                "largest_error": best[scene]["largest_error"],
-                "median_error": best[scene]["median_error"],
-            }
-            for scene, total in scenes.items()
-        },
-    }  # fmt: skip
+        "scenes": judged(output, scenes),
+    }
+
+
+def judged(output: Path, scenes: dict[str, int]) -> dict[str, dict | None]:
+    """How right the cameras of each scene are in the model that holds most of them; None: in no model."""
+    rows = pq.read_table(output / "registered.parquet", columns=["image", "model", "cam_from_world"]).to_pylist()
+    found: dict[str, dict | None] = {}
+    for scene, total in scenes.items():
+        mine = [row for row in rows if row["image"].startswith(f"{scene}/")]
+        if not mine:
+            found[scene] = None
+            continue
+        model = Counter(row["model"] for row in mine).most_common(1)[0][0]
+        poses = {row["image"]: np.reshape(row["cam_from_world"], (3, 4)) for row in mine if row["model"] == model}
+        centers = {name: -pose[:, :3].T @ pose[:, 3] for name, pose in poses.items()}
+        known = {camera.name: camera for camera in Cameras.read(str(output / "cameras.parquet"))}
+        errors = judge(centers, known).errors
+        true = [known[name].cam_from_world for name in centers]
+        laid = similarity(np.array([*centers.values()]), np.array([-pose[:3, :3].T @ pose[:3, 3] for pose in true]))
+        found[scene] = {
+            "model": model,
+            "images": len(centers),
+            "of": total,
+            "largest_error": max(errors.values()) if errors else None,
+            "median_error": float(np.median([*errors.values()])) if errors else None,
+            "scale": laid.scale if laid else None,
+        }
+    return found
 
 
 def report(results: list[dict], scenes: dict[str, int]) -> None:
@@ -182,7 +206,7 @@ def told(scene: dict | None) -> str:
     if scene is None:
         return "–"
     error = "–" if scene["largest_error"] is None else f"{100 * scene['largest_error']:.2f}%"
-    return f"{scene['images']}/{scene['of']}, {error}"
+    return f"{scene['images']}/{scene['of']} in {scene['model']}, {error}"
 
 
 if __name__ == "__main__":
