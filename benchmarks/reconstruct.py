@@ -157,6 +157,7 @@ def measured(
 def judged(output: Path, scenes: dict[str, int]) -> dict[str, dict | None]:
     """How right the cameras of each scene are in the model that holds most of them; None: in no model."""
     rows = pq.read_table(output / "registered.parquet", columns=["image", "model", "cam_from_world"]).to_pylist()
+    known = {camera.name: camera for camera in Cameras.read(str(output / "cameras.parquet"))}
     found: dict[str, dict | None] = {}
     for scene, total in scenes.items():
         mine = [row for row in rows if row["image"].startswith(f"{scene}/")]
@@ -166,7 +167,6 @@ def judged(output: Path, scenes: dict[str, int]) -> dict[str, dict | None]:
         model = Counter(row["model"] for row in mine).most_common(1)[0][0]
         poses = {row["image"]: np.reshape(row["cam_from_world"], (3, 4)) for row in mine if row["model"] == model}
         centers = {name: -pose[:, :3].T @ pose[:, 3] for name, pose in poses.items()}
-        known = {camera.name: camera for camera in Cameras.read(str(output / "cameras.parquet"))}
         errors = judge(centers, known).errors
         true = [known[name].cam_from_world for name in centers]
         laid = similarity(np.array([*centers.values()]), np.array([-pose[:3, :3].T @ pose[:3, 3] for pose in true]))
